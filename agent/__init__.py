@@ -1,0 +1,1 @@
+"""The command-line agent: `iv3` and its commands."""

@@ -1,0 +1,338 @@
+"""The one config schema: Hugging Face config.json of model_type `internvideo3` or `qwen3_vl`, read strictly.
+
+Notable:
+- The field names are config.json's own, so an error names the very field to look at.
+- The two spellings of the rope settings (`rope_scaling` with `rope_theta` beside it, `rope_parameters`) become one.
+- What the config does not say about its attention is read from the tensors' shapes (`ivcore.geometry`).
+- A value that cannot be honoured is an error; a field that is not known is kept, ignored and mentioned once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ivcore.errors import ConfigError
+from ivcore.files import read_json
+from ivcore.geometry import AttentionGeometry, Shapes, fill_from_shapes
+from ivcore.shards import Checkpoint
+
+log = logging.getLogger(__name__)
+
+MODEL_TYPES = ("internvideo3", "qwen3_vl")
+
+# Fields that say nothing about what the network computes at inference.
+_HARMLESS = frozenset(
+    ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "model_type",
+     "attention_dropout", "initializer_range", "use_cache", "attn_implementation", "_attn_implementation",
+     "output_attentions", "output_hidden_states", "use_return_dict", "return_dict", "max_window_layers",
+     "pad_token_id", "bos_token_id", "eos_token_id", "vision_token_id")
+)  # fmt: skip
+_mentioned: set[str] = set()
+
+
+class Section(BaseModel):
+    """A part of config.json: known fields are checked strictly, unknown ones are kept as they came."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, ignored_types=(cached_property,))
+
+    def unknown_fields(self) -> list[str]:
+        return sorted(key for key in self.model_extra or {} if key not in _HARMLESS)
+
+
+class RopeConfig(BaseModel):
+    """Interleaved M-RoPE: `theta`, and how many rotary frequencies belong to time, height and width."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    rope_theta: float = Field(gt=0)
+    mrope_section: tuple[int, int, int]
+    rope_type: Literal["default"] = "default"
+    mrope_interleaved: Literal[True] = True
+
+
+class VisionConfig(Section):
+    """The vision tower (Qwen3-VL): patches of `patch_size`, DeepStack features from the blocks listed."""
+
+    depth: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    patch_size: int = Field(16, gt=0)
+    temporal_patch_size: int = Field(2, gt=0)
+    spatial_merge_size: int = Field(2, gt=0)
+    in_channels: Literal[3] = 3
+    out_hidden_size: int = Field(gt=0)
+    num_position_embeddings: int = Field(gt=0)
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def position_grid_side(self) -> int:
+        """The learned position embeddings form a square of this side."""
+        return round(self.num_position_embeddings**0.5)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch, (channel, time, height, width)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ValueError("hidden_size must be num_heads times a multiple of 4")
+        if self.position_grid_side**2 != self.num_position_embeddings:
+            raise ValueError("num_position_embeddings must be a square number")
+        if any(not 0 <= index < self.depth for index in self.deepstack_visual_indexes):
+            raise ValueError(f"deepstack_visual_indexes must name blocks below depth {self.depth}")
+        return self
+
+
+class TextConfig(Section):
+    """The decoder: Qwen3 with grouped-query attention, or with M2LA (fields of the second half)."""
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    max_position_embeddings: int = Field(262_144, gt=0)
+    hidden_act: Literal["silu"] = "silu"
+    rope_scaling: RopeConfig
+
+    attention: Literal["gqa", "m2la"]
+    attention_layout: Literal["release", "norm"] = "release"
+    attention_bias: bool = False
+    attention_bias_modules: tuple[str, ...] | None = None
+    kv_lora_rank: int | None = None
+    kv_lora_rank_list: tuple[int, ...] | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    qk_rope_num_heads: int | tuple[int, ...] = 1
+    qk_latent_layernorm: bool = False
+    rope_interleave: bool | None = None
+
+    @cached_property
+    def geometry(self) -> AttentionGeometry:
+        """The attention's dimensions, one entry a layer where they may differ by layer."""
+        return AttentionGeometry.from_fields(self.model_dump())
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        geometry = self.geometry
+        frequencies = geometry.rope_dim // 2
+        _, height, width = section = self.rope_scaling.mrope_section
+        # Interleaving deals the frequencies out as T H W T H W ...; what H and W do not take stays with T.
+        if sum(section) != frequencies or min(section) < 0 or 3 * height > frequencies + 1 or 3 * width > frequencies:
+            raise ValueError(
+                f"rope_scaling.mrope_section {list(section)} cannot be interleaved over the {frequencies} rotary "
+                f"frequencies of a {geometry.rope_dim}-wide head"
+            )
+        return self
+
+
+class QuantizationConfig(BaseModel):
+    """MLX's block: affine groups along the last axis; a module's own entry overrides, `false` leaves it in float."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    group_size: Literal[32, 64, 128]
+    mode: Literal["affine"] = "affine"
+
+    def of_module(self, name: str) -> tuple[int, int] | None:
+        """(bits, group_size) of a module, None where the block says that it stays in float."""
+        own = (self.model_extra or {}).get(name)
+        if own is False:
+            return None
+        if isinstance(own, dict):
+            return own.get("bits", self.bits), own.get("group_size", self.group_size)
+        return self.bits, self.group_size
+
+
+class ModelConfig(Section):
+    """A whole checkpoint's config; `from_dir` and `from_dict` read it, `to_dict` writes it back."""
+
+    model_type: Literal["internvideo3", "qwen3_vl"]
+    text_config: TextConfig
+    vision_config: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int | None = None
+    vision_end_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    quantization: QuantizationConfig | None = None
+
+    @property
+    def text(self) -> TextConfig:
+        return self.text_config
+
+    @property
+    def vision(self) -> VisionConfig:
+        return self.vision_config
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read `path`/config.json; the shapes in its safetensors headers fill in what it does not say.
+
+        Raises ConfigError (the config) or CheckpointError (headers that cannot be read).
+        """
+        file = Path(path) / "config.json"
+        shapes = Checkpoint(path).shapes() if Checkpoint.present(path) else None
+        return cls.from_dict(read_json(file), shapes=shapes, source=str(file))
+
+    @classmethod
+    def from_dict(
+        cls, raw: dict[str, Any], *, shapes: Shapes | None = None, source: str = "config.json"
+    ) -> ModelConfig:
+        """The config that a config.json's content means; `shapes`: tensor name -> shape, where weights are at hand."""
+        fields = _normalise(raw, source)
+        if shapes:
+            fill_from_shapes(fields, shapes, source)
+        _default_head_geometry(fields["text_config"])
+        try:
+            config = cls.model_validate_json(json.dumps(fields))
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_first_sentence(error)}.") from None
+        if config.vision.out_hidden_size != config.text.hidden_size:
+            raise ConfigError(
+                f"{source}: vision_config.out_hidden_size is {config.vision.out_hidden_size} but "
+                f"text_config.hidden_size is {config.text.hidden_size}; they must be equal."
+            )
+        if len(config.vision.deepstack_visual_indexes) > config.text.num_hidden_layers:
+            raise ConfigError(
+                f"{source}: vision_config.deepstack_visual_indexes names more blocks than the decoder has layers."
+            )
+        _mention_unknown(config, source)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content, in the spelling that Hugging Face Transformers reads too."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        rope = fields["text_config"]["rope_scaling"]
+        fields["text_config"]["rope_theta"] = rope.pop("rope_theta")
+        return fields
+
+
+def _normalise(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """Check what must be refused, and turn the known spellings of one thing into one."""
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"{source}: model_type is {model_type!r}; this package runs {' and '.join(MODEL_TYPES)} checkpoints."
+        )
+    fields = dict(raw)
+    for name in ("text_config", "vision_config"):
+        if not isinstance(raw.get(name), dict):
+            raise ConfigError(f"{source}: {name} is missing or not an object.")
+        fields[name] = dict(raw[name])
+    text = fields["text_config"]
+    _refuse_unsupported(text, source)
+    text["rope_scaling"] = _rope(text, source)
+    if "tie_word_embeddings" in text:
+        fields.setdefault("tie_word_embeddings", text["tie_word_embeddings"])
+        del text["tie_word_embeddings"]
+    fields["quantization"] = _quantization(fields, source)
+    return fields
+
+
+def _refuse_unsupported(text: dict[str, Any], source: str) -> None:
+    for key in [key for key in text if "expert" in key or key.startswith("moe")]:
+        if value := text.pop(key):
+            raise ConfigError(f"{source}: text_config.{key} is {value!r}, but mixture-of-experts is not supported.")
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        raise ConfigError(
+            f"{source}: text_config.sliding_window is {text['sliding_window']}, but a sliding window is not supported."
+        )
+    if any(kind != "full_attention" for kind in text.get("layer_types") or ()):
+        raise ConfigError(f"{source}: text_config.layer_types may only hold 'full_attention'.")
+    if text.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{source}: text_config.partial_rotary_factor must be 1.")
+    for key in ("sliding_window", "use_sliding_window", "layer_types", "partial_rotary_factor"):
+        text.pop(key, None)
+
+
+def _rope(text: dict[str, Any], source: str) -> dict[str, Any]:
+    spelling = "rope_parameters" if text.get("rope_parameters") is not None else "rope_scaling"
+    given = text.get(spelling)
+    if not isinstance(given, dict):
+        raise ConfigError(f"{source}: text_config.{spelling} is missing or not an object.")
+    rope = dict(given)
+    kinds = {rope.pop("type", None), rope.pop("rope_type", None)} - {None}
+    # Qwen2-VL wrote "mrope" for what is today "default" with an mrope_section.
+    if kinds - {"default", "mrope"}:
+        raise ConfigError(
+            f"{source}: text_config.{spelling}.rope_type is {kinds.pop()!r}; only 'default' is supported."
+        )
+    rope.setdefault("rope_theta", text.get("rope_theta"))
+    if rope["rope_theta"] is None:
+        raise ConfigError(f"{source}: text_config.rope_theta is missing.")
+    if rope.get("mrope_interleaved") is False:
+        raise ConfigError(f"{source}: text_config.{spelling}.mrope_interleaved is false; only true is supported.")
+    if extra := sorted(rope.keys() - RopeConfig.model_fields.keys()):
+        raise ConfigError(f"{source}: text_config.{spelling}.{extra[0]} is not supported with rope_type 'default'.")
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        text.pop(key, None)
+    return rope
+
+
+def _quantization(fields: dict[str, Any], source: str) -> dict[str, Any] | None:
+    block = fields.pop("quantization", None)
+    # mlx-lm writes the same block twice, under Hugging Face's name as well.
+    hugging_face = fields.pop("quantization_config", None)
+    if block is None and isinstance(hugging_face, dict):
+        if "quant_method" in hugging_face:
+            raise ConfigError(
+                f"{source}: quantization_config.quant_method is {hugging_face['quant_method']!r}; only MLX's affine "
+                "quantisation is supported."
+            )
+        block = hugging_face
+    return block
+
+
+def _default_head_geometry(text: dict[str, Any]) -> None:
+    """Hugging Face's defaults for what a Qwen3 config may leave out."""
+    heads = text.get("num_attention_heads")
+    if isinstance(heads, int) and heads > 0:
+        if text.get("num_key_value_heads") is None:
+            text["num_key_value_heads"] = heads
+        if text.get("head_dim") is None and isinstance(text.get("hidden_size"), int):
+            text["head_dim"] = text["hidden_size"] // heads
+    if text.get("attention") is None:
+        latent = text.get("kv_lora_rank") is not None or text.get("kv_lora_rank_list") is not None
+        text["attention"] = "m2la" if latent else "gqa"
+
+
+def _first_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "config.json"
+    if first["type"] == "missing":
+        return f"{where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return (
+        f"{where}: {message[0].lower()}{message[1:]}, got {json.dumps(first['input'])[:80]}"
+        if (first["type"] != "value_error")
+        else f"{where}: {message}"
+    )
+
+
+def _mention_unknown(config: ModelConfig, source: str) -> None:
+    unknown = [*config.unknown_fields()]
+    unknown += [f"text_config.{key}" for key in config.text.unknown_fields()]
+    unknown += [f"vision_config.{key}" for key in config.vision.unknown_fields()]
+    new = [key for key in unknown if key not in _mentioned]
+    _mentioned.update(new)
+    if new:
+        log.warning("%s: not known here and ignored: %s", source, ", ".join(new))

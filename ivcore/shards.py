@@ -1,0 +1,187 @@
+"""Safetensors folders in Hugging Face layout: headers, memory-mapped reading, atomic writing with an index.
+
+The headers are validated by the `safetensors` library; what it finds wrong becomes one sentence that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ivcore.errors import CheckpointError
+from ivcore.files import read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+DTYPE_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's shape and its safetensors dtype (`F32`, `BF16`, `F16`, `U32`, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Checkpoint:
+    """The tensors of a folder, found through its index or its single file, headers validated."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            what = "is not a folder" if self.path.exists() else "does not exist"
+            raise CheckpointError(f"{self.path} {what}; name the folder of a checkpoint.")
+        self.files: dict[str, Path] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file in self._shards():
+            for name, spec in read_header(file).items():
+                if name in self.specs:
+                    raise CheckpointError(
+                        f"{file} and {self.files[name]} both hold {name}; remove the shard that is not of this model."
+                    )
+                self.specs[name], self.files[name] = spec, file
+
+    @staticmethod
+    def present(path: str | Path) -> bool:
+        """Whether a folder has weights at all."""
+        return (Path(path) / INDEX).exists() or (Path(path) / SINGLE).exists()
+
+    def _shards(self) -> list[Path]:
+        index = self.path / INDEX
+        if not index.exists():
+            if not (self.path / SINGLE).exists():
+                raise CheckpointError(f"There are no weights ({SINGLE} or {INDEX}) in {self.path}.")
+            return [self.path / SINGLE]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no valid weight_map; download it again.")
+        names = sorted(set(weight_map.values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file of this folder; do not use it.")
+        if missing := [name for name in names if not (self.path / name).exists()]:
+            raise CheckpointError(
+                f"{index} names {len(missing)} shard(s) that are missing from {self.path}: {', '.join(missing)}; "
+                "download them."
+            )
+        return [self.path / name for name in names]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self.specs.items()}
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def read(self, name: str) -> np.ndarray:
+        """A read-only view of a tensor's bytes in the memory-mapped file; bfloat16 comes as its uint16 bits."""
+        spec, file = self.specs[name], self.files[name]
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            begin, _ = json.loads(stream.read(header_size))[name]["data_offsets"]
+        dtype = {"BF16": "uint16", "F16": "float16", "F32": "float32", "U32": "uint32"}[spec.dtype]
+        return np.memmap(file, dtype=dtype, mode="r", offset=8 + header_size + begin, shape=spec.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorSpec]:
+    """Name -> spec of a safetensors file; CheckpointError where the file cannot be read or its header lies."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            specs = {}
+            for name in tensors.keys():  # noqa: SIM118 (no mapping: it only has keys())
+                view = tensors.get_slice(name)
+                specs[name] = TensorSpec(tuple(view.get_shape()), str(view.get_dtype()))
+                if specs[name].dtype not in DTYPE_BYTES:
+                    raise CheckpointError(f"{file}: {name} is {specs[name].dtype}, which is not supported.")
+            return specs
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(f"{file} is damaged or not a safetensors file ({reason}); download it again.") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{file} cannot be read ({reason}); check the path and its permissions.") from None
+
+
+def write_checkpoint(
+    path: str | Path,
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write config.json and the tensors, which come one by one in the order of `specs`, in shards with an index.
+
+    Every file is written beside and renamed when whole; the index, or the single shard, comes last, so that a folder
+    that was left half-way does not load. Raises CheckpointError when the disk has no room; nothing is left then.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _plan_shards(specs, shard_bytes)
+    need, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
+    if need > free:
+        raise CheckpointError(f"{folder} has {free / 1e9:.1f} GB of room, but {need / 1e9:.1f} GB are to be written.")
+    source = iter(tensors)
+    names = [SINGLE] if len(shards) == 1 else [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    parts = [folder / f"{name}.part" for name in names]
+    try:
+        for part, shard in zip(parts, shards, strict=True):
+            _write_shard(part, shard, source)
+        write_json(folder / "config.json", config)
+        for part, name in zip(parts, names, strict=True):
+            os.replace(part, folder / name)
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            write_json(folder / INDEX, {"metadata": {"total_size": need}, "weight_map": weight_map})
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); nothing was kept.") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+def _plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.nbytes
+    return shards
+
+
+def _write_shard(part: Path, shard: Mapping[str, TensorSpec], source: Iterable[tuple[str, np.ndarray]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in shard.items():
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with part.open("wb") as stream:
+        stream.write(len(head).to_bytes(8, "little") + head)
+        for expected, (name, array) in zip(shard, source, strict=False):
+            if name != expected or array.nbytes != shard[name].nbytes:
+                raise ValueError(f"tensor {name} came where {expected} {shard[expected]} was announced")
+            stream.write(np.ascontiguousarray(array).data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,236 @@
+"""Running the network: vision encoding in groups, chunked prefill under a memory budget, decode, generate.
+
+Notable:
+- The vision tower runs just ahead of the chunk that needs its tokens: neither pixels in float nor features of the
+  whole video are ever in memory together.
+- A cache that already holds tokens is continued: a second question pays for its own tokens only.
+- Sampling is `ivcore.sampling`, so a seed gives the same answer on both backends wherever their logits agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+import torch
+
+from ivcore.config import ModelConfig
+from ivcore.errors import BackendError
+from ivcore.inputs import ModelInputs
+from ivcore.positions import position_ids
+from ivcore.rotary import text_rope
+from ivcore.sampling import Sampler, Sampling
+from ivcore.schedule import DEFAULT_MEMORY_BUDGET, chunk_size, frame_groups
+from ivcore.vision import Patches
+from ivtorch.attention import Form, Step
+from ivtorch.cache import Cache
+from ivtorch.model import Network, Visual
+
+Progress = Callable[[str, int, int], None]
+Observer = Callable[[str, np.ndarray], None]
+
+
+class Model:
+    """A loaded checkpoint: what `load` returns. Arrays at this seam are NumPy, float32.
+
+    memory_budget: bytes of working memory, above weights and cache, that vision encoding and prefill plan for.
+    stop_ids: token ids at which `generate` ends.
+    """
+
+    backend = "torch"
+
+    def __init__(self, network: Network, config: ModelConfig, dtype: str, stop_ids: Collection[int] = ()) -> None:
+        self.network = network
+        self.config = config
+        self.dtype = dtype
+        self.stop_ids = frozenset(stop_ids)
+        self.memory_budget = DEFAULT_MEMORY_BUDGET
+        self.form: Form = "auto"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(array.nbytes for array in self.network.parameters())
+
+    def peak_bytes(self) -> int:
+        """The most bytes that the backend's allocator has held; 0 where it does not count."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+    def new_cache(self) -> Cache:
+        """An empty cache."""
+        return Cache(self.config.text)
+
+    @torch.inference_mode()
+    def encode_vision(
+        self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """pixels (P, patch_dim), grid_thw (N, 3) -> embeddings (T, hidden), DeepStack features (n, T, hidden)."""
+        vision = self.config.vision
+        count = int(np.prod(grid_thw, axis=1).sum()) // vision.spatial_merge_size**2
+        embeds = np.empty((count, vision.out_hidden_size), np.float32)
+        features = np.empty((len(vision.deepstack_visual_indexes), *embeds.shape), np.float32)
+        start = 0
+        for tokens, deepstack in self._encode_groups(pixels, grid_thw, observe):
+            stop = start + tokens.shape[0]
+            embeds[start:stop] = _numpy(tokens)
+            for place, feature in enumerate(deepstack):
+                features[place, start:stop] = _numpy(feature)
+            start = stop
+        return embeds, features
+
+    @torch.inference_mode()
+    def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray:
+        """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
+
+        Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
+        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden).
+        """
+        hidden = [out for out in self._run(inputs, self.new_cache(), len(inputs.token_ids), None, observe)]
+        return np.concatenate([_numpy(self.network.logits(part)[0]) for part in hidden])
+
+    @torch.inference_mode()
+    def prefill(
+        self, inputs: ModelInputs, cache: Cache, *, chunk: int | None = None, on_progress: Progress | None = None
+    ) -> np.ndarray:
+        """Append a prompt to the cache; returns the logits (vocab,) after its last token.
+
+        chunk: tokens at a time; None lets the memory budget decide. on_progress(phase, done, total) counts the tokens
+        of the phases "encode" and "prefill".
+        """
+        last = None
+        for hidden in self._run(inputs, cache, chunk, on_progress, None):
+            last = hidden[:, -1]
+        if last is None:
+            raise BackendError("The prompt holds no token; ask something.")
+        return _numpy(self.network.logits(last)[0])
+
+    @torch.inference_mode()
+    def decode(self, token_id: int, cache: Cache) -> np.ndarray:
+        """Append one text token to the cache; returns the logits (vocab,) after it."""
+        positions = np.full((3, 1), cache.next_position, dtype=np.int32)
+        hidden = self._chunk(np.array([token_id]), positions, cache, None, None)
+        return _numpy(self.network.logits(hidden[:, -1])[0])
+
+    def generate(
+        self,
+        inputs: ModelInputs,
+        *,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        cache: Cache | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[int]:
+        """Token ids as they are picked; the last is a stop id unless `max_tokens` or the context ended it.
+
+        Closing the iterator stops. With a `cache` of the caller's, all ids but the last one are in it afterwards.
+        """
+        cache = cache if cache is not None else self.new_cache()
+        sampler = Sampler(sampling)
+        logits = self.prefill(inputs, cache, on_progress=on_progress)
+        generated: list[int] = []
+        while len(generated) < max_tokens:
+            generated.append(sampler(logits, generated))
+            yield generated[-1]
+            full = cache.length >= self.config.text.max_position_embeddings
+            if generated[-1] in self.stop_ids or len(generated) == max_tokens or full:
+                return
+            logits = self.decode(generated[-1], cache)
+
+    def _run(
+        self,
+        inputs: ModelInputs,
+        cache: Cache,
+        chunk: int | None,
+        on_progress: Progress | None,
+        observe: Observer | None,
+    ) -> Iterator[torch.Tensor]:
+        """Append a prompt chunk by chunk; yields each chunk's output of the last layer, (1, S, hidden)."""
+        config, token_ids = self.config, np.asarray(inputs.token_ids)
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < config.text.vocab_size:
+            raise BackendError(f"A token id lies outside the vocabulary of {config.text.vocab_size}.")
+        is_visual = np.isin(token_ids, (config.image_token_id, config.video_token_id))
+        positions = inputs.position_ids
+        if positions is None:
+            positions = position_ids(
+                token_ids,
+                inputs.grid_thw,
+                image_token_id=config.image_token_id,
+                video_token_id=config.video_token_id,
+                merge_size=config.vision.spatial_merge_size,
+                start=cache.next_position,
+            )
+        features = self._feature_stream(inputs, int(is_visual.sum()), on_progress, observe)
+        cache.reserve(len(token_ids))
+        size = chunk or chunk_size(config.text, self.memory_budget, self._itemsize)
+        for start in range(0, len(token_ids), size):
+            stop = min(start + size, len(token_ids))
+            index = np.flatnonzero(is_visual[start:stop])
+            visual = features(index) if len(index) else None
+            yield self._chunk(token_ids[start:stop], positions[:, start:stop], cache, visual, observe)
+            if on_progress:
+                on_progress("prefill", stop, len(token_ids))
+
+    def _chunk(
+        self,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        cache: Cache,
+        visual: Visual | None,
+        observe: Observer | None,
+    ) -> torch.Tensor:
+        cos, sin = text_rope(self.config.text, positions)
+        step = Step(
+            self._tensor(cos), self._tensor(sin), cache.length, cache.room, self.memory_budget, self.form
+        )  # fmt: skip
+        watch = (lambda name, array: observe(name, _numpy(array[0]))) if observe else None
+        hidden = self.network.model.language_model(self._tensor(token_ids)[None], step, cache, visual, watch)
+        cache.commit(positions)
+        return hidden
+
+    def _feature_stream(
+        self, inputs: ModelInputs, visual_tokens: int, on_progress: Progress | None, observe: Observer | None
+    ) -> Callable[[np.ndarray], Visual]:
+        """A function that gives the next visual tokens for the places `index` of a chunk, encoding as it goes."""
+        groups: Iterator[tuple[torch.Tensor, list[torch.Tensor]]] = iter(())
+        if inputs.pixels is not None and inputs.grid_thw is not None:
+            groups = self._encode_groups(inputs.pixels, inputs.grid_thw, observe)
+        held: list[torch.Tensor] = []
+        encoded = 0
+
+        def take(index: np.ndarray) -> Visual:
+            nonlocal held, encoded
+            while not held or held[0].shape[0] < len(index):
+                group = next(groups, None)
+                if group is None:
+                    raise BackendError("The prompt holds more visual tokens than its pixels make.")
+                new = [group[0], *group[1]]
+                held = [torch.cat(pair) for pair in zip(held, new, strict=True)] if held else new
+                encoded += new[0].shape[0]
+                if on_progress:
+                    on_progress("encode", encoded, visual_tokens)
+            tokens, *deepstack = (array[: len(index)] for array in held)
+            held = [array[len(index) :] for array in held]
+            return Visual(self._tensor(index), tokens, deepstack)
+
+        return take
+
+    def _encode_groups(
+        self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None
+    ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        watch = (lambda name, array: observe(name, _numpy(array))) if observe else None
+        for group in frame_groups(self.config, grid_thw, self.memory_budget, self._itemsize):
+            patches = self._tensor(np.asarray(pixels[group.start : group.stop], dtype=np.float32))
+            patches = patches.reshape(group.frames, group.height * group.width, -1)
+            tokens, deepstack = self.network.model.visual(patches, group.height, group.width, self.memory_budget, watch)
+            yield tokens, deepstack
+
+    @property
+    def _itemsize(self) -> int:
+        return self.network.model.language_model.norm.weight.itemsize
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.network.model.language_model.norm.weight.device)
+
+
+def _numpy(array: torch.Tensor) -> np.ndarray:
+    return array.float().cpu().numpy()

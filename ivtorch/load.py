@@ -1,0 +1,76 @@
+"""Loading a checkpoint folder into the PyTorch network: strict, by name, one tensor at a time, no second copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ivcore.checkpoint import check_specs
+from ivcore.config import ModelConfig
+from ivcore.errors import BackendError, CheckpointError
+from ivcore.sampling import stop_ids
+from ivcore.shards import Checkpoint
+from ivtorch.generate import Model
+from ivtorch.model import Network
+
+UNPACK_ROWS = 512
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(path: str | Path, dtype: str | None = None) -> Model:
+    """The model in a checkpoint folder, on CUDA where there is one.
+
+    dtype: "float32", "bfloat16" or "float16"; None keeps what is stored. Raises ConfigError, CheckpointError (tensors
+    that do not fit the config, are damaged, or hold NaN or infinity) or BackendError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise BackendError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    config = ModelConfig.from_dir(path)
+    checkpoint = Checkpoint(path)
+    check_specs(checkpoint.specs, config, str(path))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        network = Network(config)
+    for file in sorted(set(checkpoint.files.values())):
+        with safe_open(file, framework="pt", device=device) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping: it only has keys())
+                module, _, kind = name.rpartition(".")
+                packed = kind == "weight" and f"{module}.scales" in checkpoint.specs
+                if kind in ("scales", "biases") or (config.tie_word_embeddings and name.startswith("lm_head.")):
+                    continue
+                array = _dequantize(checkpoint, config, module, device) if packed else tensors.get_tensor(name)
+                array = array.to(DTYPES[dtype]) if dtype else array
+                if not torch.isfinite(array).all():
+                    raise CheckpointError(f"{file}: {name} holds NaN or infinity; convert or download it again.")
+                network.load_state_dict({name: array}, strict=False, assign=True)
+    network.eval().requires_grad_(False)
+    stored = network.model.language_model.norm.weight.dtype
+    name = next(name for name, kind in DTYPES.items() if kind == stored)
+    return Model(network, config, name, stop_ids(path))
+
+
+def _dequantize(checkpoint: Checkpoint, config: ModelConfig, module: str, device: str) -> torch.Tensor:
+    """The dense matrix of a module in MLX's affine form: codes, a stream of bits from the lowest on, times a group's
+    scale plus its bias."""
+    setting = config.quantization.of_module(module) if config.quantization else None
+    if setting is None:
+        raise CheckpointError(f"{checkpoint.path}: {module} is packed, but config.json has no quantization for it.")
+    bits, group_size = setting
+    scales, biases = (_read(checkpoint, f"{module}.{name}") for name in ("scales", "biases"))
+    packed = checkpoint.read(f"{module}.weight").view(np.uint8)
+    places = (1 << np.arange(bits)).astype(np.uint8)
+    dense = torch.empty(scales.shape[0], scales.shape[1] * group_size, dtype=scales.dtype)
+    for start in range(0, len(packed), UNPACK_ROWS):
+        rows = slice(start, start + UNPACK_ROWS)
+        stream = np.unpackbits(packed[rows], axis=1, bitorder="little").reshape(-1, bits)
+        codes = torch.from_numpy(stream @ places).reshape(-1, scales.shape[1], group_size)
+        dense[rows] = (codes * scales[rows, :, None].float() + biases[rows, :, None].float()).flatten(1).to(dense.dtype)
+    return dense.to(device)
+
+
+def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    with safe_open(checkpoint.files[name], framework="pt") as tensors:
+        return tensors.get_tensor(name)
