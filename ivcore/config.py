@@ -21,10 +21,9 @@ from ivcore.errors import ConfigError
 from ivcore.files import read_json
 from ivcore.geometry import AttentionGeometry, Shapes, fill_from_shapes
 from ivcore.shards import Checkpoint
+from ivcore.spellings import default_head_geometry, normalise
 
 log = logging.getLogger(__name__)
-
-MODEL_TYPES = ("internvideo3", "qwen3_vl")
 
 # Fields that say nothing about what the network computes at inference.
 _HARMLESS = frozenset(
@@ -115,12 +114,12 @@ class TextConfig(Section):
     attention_layout: Literal["release", "norm"] = "release"
     attention_bias: bool = False
     attention_bias_modules: tuple[str, ...] | None = None
-    kv_lora_rank: int | None = None
+    kv_lora_rank: int | None = Field(None, gt=0)
     kv_lora_rank_list: tuple[int, ...] | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
+    q_lora_rank: int | None = Field(None, gt=0)
+    qk_nope_head_dim: int | None = Field(None, gt=0)
+    qk_rope_head_dim: int | None = Field(None, gt=0)
+    v_head_dim: int | None = Field(None, gt=0)
     qk_rope_num_heads: int | tuple[int, ...] = 1
     qk_latent_layernorm: bool = False
     rope_interleave: bool | None = None
@@ -198,10 +197,10 @@ class ModelConfig(Section):
         cls, raw: dict[str, Any], *, shapes: Shapes | None = None, source: str = "config.json"
     ) -> ModelConfig:
         """The config that a config.json's content means; `shapes`: tensor name -> shape, where weights are at hand."""
-        fields = _normalise(raw, source)
+        fields = normalise(raw, source)
         if shapes:
             fill_from_shapes(fields, shapes, source)
-        _default_head_geometry(fields["text_config"])
+        default_head_geometry(fields["text_config"])
         try:
             config = cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
@@ -224,95 +223,6 @@ class ModelConfig(Section):
         rope = fields["text_config"]["rope_scaling"]
         fields["text_config"]["rope_theta"] = rope.pop("rope_theta")
         return fields
-
-
-def _normalise(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """Check what must be refused, and turn the known spellings of one thing into one."""
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"{source}: model_type is {model_type!r}; this package runs {' and '.join(MODEL_TYPES)} checkpoints."
-        )
-    fields = dict(raw)
-    for name in ("text_config", "vision_config"):
-        if not isinstance(raw.get(name), dict):
-            raise ConfigError(f"{source}: {name} is missing or not an object.")
-        fields[name] = dict(raw[name])
-    text = fields["text_config"]
-    _refuse_unsupported(text, source)
-    text["rope_scaling"] = _rope(text, source)
-    if "tie_word_embeddings" in text:
-        fields.setdefault("tie_word_embeddings", text["tie_word_embeddings"])
-        del text["tie_word_embeddings"]
-    fields["quantization"] = _quantization(fields, source)
-    return fields
-
-
-def _refuse_unsupported(text: dict[str, Any], source: str) -> None:
-    for key in [key for key in text if "expert" in key or key.startswith("moe")]:
-        if value := text.pop(key):
-            raise ConfigError(f"{source}: text_config.{key} is {value!r}, but mixture-of-experts is not supported.")
-    if text.get("sliding_window") and text.get("use_sliding_window", True):
-        raise ConfigError(
-            f"{source}: text_config.sliding_window is {text['sliding_window']}, but a sliding window is not supported."
-        )
-    if any(kind != "full_attention" for kind in text.get("layer_types") or ()):
-        raise ConfigError(f"{source}: text_config.layer_types may only hold 'full_attention'.")
-    if text.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{source}: text_config.partial_rotary_factor must be 1.")
-    for key in ("sliding_window", "use_sliding_window", "layer_types", "partial_rotary_factor"):
-        text.pop(key, None)
-
-
-def _rope(text: dict[str, Any], source: str) -> dict[str, Any]:
-    spelling = "rope_parameters" if text.get("rope_parameters") is not None else "rope_scaling"
-    given = text.get(spelling)
-    if not isinstance(given, dict):
-        raise ConfigError(f"{source}: text_config.{spelling} is missing or not an object.")
-    rope = dict(given)
-    kinds = {rope.pop("type", None), rope.pop("rope_type", None)} - {None}
-    # Qwen2-VL wrote "mrope" for what is today "default" with an mrope_section.
-    if kinds - {"default", "mrope"}:
-        raise ConfigError(
-            f"{source}: text_config.{spelling}.rope_type is {kinds.pop()!r}; only 'default' is supported."
-        )
-    rope.setdefault("rope_theta", text.get("rope_theta"))
-    if rope["rope_theta"] is None:
-        raise ConfigError(f"{source}: text_config.rope_theta is missing.")
-    if rope.get("mrope_interleaved") is False:
-        raise ConfigError(f"{source}: text_config.{spelling}.mrope_interleaved is false; only true is supported.")
-    if extra := sorted(rope.keys() - RopeConfig.model_fields.keys()):
-        raise ConfigError(f"{source}: text_config.{spelling}.{extra[0]} is not supported with rope_type 'default'.")
-    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
-        text.pop(key, None)
-    return rope
-
-
-def _quantization(fields: dict[str, Any], source: str) -> dict[str, Any] | None:
-    block = fields.pop("quantization", None)
-    # mlx-lm writes the same block twice, under Hugging Face's name as well.
-    hugging_face = fields.pop("quantization_config", None)
-    if block is None and isinstance(hugging_face, dict):
-        if "quant_method" in hugging_face:
-            raise ConfigError(
-                f"{source}: quantization_config.quant_method is {hugging_face['quant_method']!r}; only MLX's affine "
-                "quantisation is supported."
-            )
-        block = hugging_face
-    return block
-
-
-def _default_head_geometry(text: dict[str, Any]) -> None:
-    """Hugging Face's defaults for what a Qwen3 config may leave out."""
-    heads = text.get("num_attention_heads")
-    if isinstance(heads, int) and heads > 0:
-        if text.get("num_key_value_heads") is None:
-            text["num_key_value_heads"] = heads
-        if text.get("head_dim") is None and isinstance(text.get("hidden_size"), int):
-            text["head_dim"] = text["hidden_size"] // heads
-    if text.get("attention") is None:
-        latent = text.get("kv_lora_rank") is not None or text.get("kv_lora_rank_list") is not None
-        text["attention"] = "m2la" if latent else "gqa"
 
 
 def _first_sentence(error: ValidationError) -> str:

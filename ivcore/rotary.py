@@ -7,8 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from ivcore.config import TextConfig
-
-VISION_ROPE_THETA = 10_000.0  # Qwen2-VL's vision tower (arXiv 2409.12191); not in any config.json
+from ivcore.spellings import VISION_ROPE_THETA
 
 
 def frequency_axes(mrope_section: tuple[int, int, int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
+# Matrices this small are slower on several threads; set before torch or a BLAS is loaded, and for subprocesses as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 MakeClip = Callable[..., Path]
 
