@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from agent.machine import Memory, machine
 from ivcore.backend import choose
-from ivcore.checkpoint import check_specs
+from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig, QuantizationConfig
 from ivcore.errors import BackendError, IvError
 from ivcore.hub import Description, describe
 from ivcore.schedule import DEFAULT_MEMORY_BUDGET
-from ivcore.shards import DTYPE_BYTES, FLOATS, TensorSpec
+from ivcore.shards import DTYPE_BYTES, TensorSpec
 
 Fit = Literal["fits", "tight", "too large"]
 
@@ -196,9 +196,7 @@ def _parameters(name: str, specs: Mapping[str, TensorSpec], quantization: Quanti
 
 
 def _cache(config: ModelConfig, specs: Mapping[str, TensorSpec]) -> CacheCost:
-    # Both backends compute in the dtype of the last norm, which no quantisation touches.
-    norm = specs.get("model.language_model.norm.weight")
-    dtype = norm.dtype if norm and norm.dtype in FLOATS else "BF16"
+    dtype = stored_dtype(specs)  # what both backends compute in
     geometry, layers = config.text.geometry, config.text.num_hidden_layers
     numbers = tuple(geometry.cache_width(layer) for layer in range(layers))
     gqa = geometry.gqa_cache_width

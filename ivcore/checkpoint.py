@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from ivcore.config import ModelConfig, QuantizationConfig
 from ivcore.errors import CheckpointError
@@ -90,7 +91,7 @@ def check_specs(specs: Mapping[str, TensorSpec], config: ModelConfig, where: str
                 problems.append(f"unexpected {name} {list(spec.shape)} {spec.dtype}")
         elif spec.shape != expected[name]:
             problems.append(f"{name} has shape {list(spec.shape)}, but the config says {list(expected[name])}")
-        elif spec.dtype not in (*FLOATS, "U32"):
+        elif spec.dtype not in (("U32",) if _packed(name, specs, config) else FLOATS):
             problems.append(f"{name} is {spec.dtype}, which is not supported")
     if problems:
         count = f"{len(problems)} tensors do" if len(problems) > 1 else "1 tensor does"
@@ -98,3 +99,14 @@ def check_specs(specs: Mapping[str, TensorSpec], config: ModelConfig, where: str
             f"{where}: {count} not fit the config ({config.model_type}, {config.text.attention}): "
             + "; ".join(sorted(problems)) + "."
         )  # fmt: skip
+
+
+def _packed(name: str, specs: Mapping[str, TensorSpec], config: ModelConfig) -> bool:
+    module = name.removesuffix(".weight")
+    return config.quantization is not None and name.endswith(".weight") and f"{module}.scales" in specs
+
+
+def stored_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """The float dtype that most numbers of a checkpoint have: "F32", "BF16" or "F16"; a model computes in one."""
+    counts = {dtype: sum(prod(spec.shape) for spec in specs.values() if spec.dtype == dtype) for dtype in FLOATS}
+    return max(counts, key=lambda dtype: counts[dtype])

@@ -48,7 +48,7 @@ class RopeConfig(BaseModel):
     """Interleaved M-RoPE: `theta`, and how many rotary frequencies belong to time, height and width."""
 
     model_config = ConfigDict(frozen=True, strict=True)
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=0, allow_inf_nan=False)
     mrope_section: tuple[int, int, int]
     rope_type: Literal["default"] = "default"
     mrope_interleaved: Literal[True] = True
@@ -90,8 +90,9 @@ class VisionConfig(Section):
             raise ValueError("hidden_size must be num_heads times a multiple of 4")
         if self.position_grid_side**2 != self.num_position_embeddings:
             raise ValueError("num_position_embeddings must be a square number")
-        if any(not 0 <= index < self.depth for index in self.deepstack_visual_indexes):
-            raise ValueError(f"deepstack_visual_indexes must name blocks below depth {self.depth}")
+        blocks = self.deepstack_visual_indexes
+        if sorted(set(blocks)) != list(blocks) or any(not 0 <= block < self.depth for block in blocks):
+            raise ValueError(f"deepstack_visual_indexes must name blocks below depth {self.depth} in ascending order")
         return self
 
 
@@ -151,6 +152,19 @@ class QuantizationConfig(BaseModel):
     group_size: Literal[32, 64, 128]
     mode: Literal["affine"] = "affine"
 
+    @model_validator(mode="after")
+    def _entries_hold(self) -> Self:
+        for module, entry in (self.model_extra or {}).items():
+            if isinstance(entry, dict):
+                given = {"bits": self.bits, "group_size": self.group_size} | entry
+                try:
+                    QuantizationConfig.model_validate({key: given[key] for key in ("bits", "group_size")})
+                except ValidationError:
+                    raise ValueError(f"{module} must have bits of 2 to 8 and a group_size of 32, 64 or 128") from None
+            elif not isinstance(entry, bool | str):
+                raise ValueError(f"{module} must be an object or false, not {entry!r}")
+        return self
+
     def of_module(self, name: str) -> tuple[int, int] | None:
         """(bits, group_size) of a module, None where the block says that it stays in float."""
         own = (self.model_extra or {}).get(name)
@@ -173,6 +187,12 @@ class ModelConfig(Section):
     vision_end_token_id: int | None = None
     tie_word_embeddings: bool = False
     quantization: QuantizationConfig | None = None
+
+    @model_validator(mode="after")
+    def _placeholders_differ(self) -> Self:
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image_token_id and video_token_id are both {self.image_token_id}")
+        return self
 
     @property
     def text(self) -> TextConfig:

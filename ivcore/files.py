@@ -1,10 +1,8 @@
-"""Small files: JSON read with one-sentence errors, and written beside and renamed."""
+"""Reading JSON files, with one-sentence errors."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no JSON object; download it again.")
     return content
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that the file is either the old one or the new one."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)

@@ -72,7 +72,7 @@ class AttentionGeometry:
         biases = text["attention_bias_modules"]
         if biases is None:
             biases = default_biases(kind, layout, text["q_lora_rank"]) if text["attention_bias"] else ()
-        return cls(
+        geometry = cls(
             kind=kind,
             layout=layout,
             hidden_size=text["hidden_size"],
@@ -89,6 +89,10 @@ class AttentionGeometry:
             biases=frozenset(biases),
             rope_interleave=interleave,
         )
+        modules = {name.removesuffix(".weight") for name, shape in geometry.tensor_shapes(0).items() if len(shape) == 2}
+        if unknown := sorted(geometry.biases - modules):
+            raise ValueError(f"attention_bias_modules names {unknown[0]}, which this attention does not have")
+        return geometry
 
     @property
     def softmax_scale(self) -> float:
@@ -157,6 +161,9 @@ def fill_from_shapes(fields: dict[str, Any], shapes: Shapes, source: str) -> Non
     Raises ConfigError, showing both, where the config says something else.
     """
     text = fields["text_config"]
+    packed = next((name for name in shapes if name.endswith(".scales")), None)
+    if packed and not isinstance(fields.get("quantization"), dict):
+        raise ConfigError(f"{source} has no quantization block, but the weights hold {packed}; download it again.")
     implied = _implied_by_shapes(text, shapes, fields.get("quantization"))
     if "lm_head.weight" not in shapes:
         fields.setdefault("tie_word_embeddings", True)
@@ -193,7 +200,11 @@ def _implied_by_shapes(
 
     release, norm = shape(0, "kv_a_proj_with_mqa"), shape(0, "kv_a_proj")
     if not release and not norm:
-        return {"attention": ("gqa", f"{prefix[0]}k_proj.weight is there")} if shape(0, "k_proj") else {}
+        if not shape(0, "k_proj"):
+            return {}
+        bias = f"{prefix[0]}q_proj.bias"
+        said = (bias in shapes, f"{bias} is {'there' if bias in shapes else 'absent'}")
+        return {"attention": ("gqa", f"{prefix[0]}k_proj.weight is there"), "attention_bias": said}
     layout, down_name = ("release", "kv_a_proj_with_mqa") if release else ("norm", "kv_a_proj")
     implied: dict[str, tuple[Any, str]] = {
         "attention": ("m2la", f"{prefix[0]}{down_name}.weight is there"),

@@ -11,6 +11,8 @@ import numpy as np
 from ivcore.errors import BackendError, ConfigError
 from ivcore.files import read_json
 
+GREEDY_BELOW = 1e-4  # a lower temperature is greedy as well, and logits divided by it could overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,11 +33,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits = {
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p < 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": 0 < self.repetition_penalty < float("inf"),
+            "seed": self.seed is None or self.seed >= 0,
         }
         for name, holds in limits.items():
             if not holds:
@@ -59,7 +62,7 @@ class Sampler:
             seen = np.fromiter(set(generated), dtype=np.int64)
             past = logits[seen]
             logits[seen] = np.where(past > 0, past / how.repetition_penalty, past * how.repetition_penalty)
-        if how.temperature == 0:
+        if how.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         candidates, probabilities = self._distribution(logits.astype(np.float64) / how.temperature)
         # Inverse transform on the sorted distribution: one uniform number a token, whatever the vocabulary.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ivcore.errors import CheckpointError
-from ivcore.files import read_json, write_json
+from ivcore.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -72,8 +72,10 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} has no valid weight_map; download it again.")
         names = sorted(set(weight_map.values()))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file of this folder; do not use it.")
+        if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            raise CheckpointError(
+                f"{index} names {outside[0]!r}, which is not a safetensors file of this folder; do not use it."
+            )
         if missing := [name for name in names if not (self.path / name).exists()]:
             raise CheckpointError(
                 f"{index} names {len(missing)} shard(s) that are missing from {self.path}: {', '.join(missing)}; "
@@ -127,8 +129,9 @@ def write_checkpoint(
 ) -> None:
     """Write config.json and the tensors, which come one by one in the order of `specs`, in shards with an index.
 
-    Every file is written beside and renamed when whole; the index, or the single shard, comes last, so that a folder
-    that was left half-way does not load. Raises CheckpointError when the disk has no room; nothing is left then.
+    Every file is written beside and renamed when all are whole, the weights last; the weights of a checkpoint that was
+    there before go away. Raises CheckpointError when the disk has no room, ValueError for other tensors than announced;
+    nothing is changed then.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,24 +139,31 @@ def write_checkpoint(
     need, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(f"{folder} has {free / 1e9:.1f} GB of room, but {need / 1e9:.1f} GB are to be written.")
+    total = f"{len(shards):05d}"
+    names = (
+        [SINGLE] if len(shards) == 1 else [f"model-{n:05d}-of-{total}.safetensors" for n in range(1, len(shards) + 1)]
+    )
+    texts: dict[str, Mapping[str, Any]] = {"config.json": config}
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        texts[INDEX] = {"metadata": {"total_size": need}, "weight_map": weight_map}
+    parts = {name: folder / f"{name}.part" for name in (*texts, *names)}
     source = iter(tensors)
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    parts = [folder / f"{name}.part" for name in names]
     try:
-        for part, shard in zip(parts, shards, strict=True):
-            _write_shard(part, shard, source)
-        write_json(folder / "config.json", config)
-        for part, name in zip(parts, names, strict=True):
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(parts[name], shard, source)
+        if (extra := next(source, None)) is not None:
+            raise ValueError(f"tensor {extra[0]} came, but no more were announced")
+        for name, content in texts.items():
+            parts[name].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for old in {INDEX, SINGLE} - parts.keys():
+            (folder / old).unlink(missing_ok=True)
+        for name, part in parts.items():
             os.replace(part, folder / name)
-        if len(shards) > 1:
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            write_json(folder / INDEX, {"metadata": {"total_size": need}, "weight_map": weight_map})
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror}); nothing was kept.") from None
     finally:
-        for part in parts:
+        for part in parts.values():
             part.unlink(missing_ok=True)
 
 
@@ -169,7 +179,7 @@ def _plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict
     return shards
 
 
-def _write_shard(part: Path, shard: Mapping[str, TensorSpec], source: Iterable[tuple[str, np.ndarray]]) -> None:
+def _write_shard(part: Path, shard: Mapping[str, TensorSpec], source: Iterator[tuple[str, np.ndarray]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in shard.items():
@@ -179,7 +189,8 @@ def _write_shard(part: Path, shard: Mapping[str, TensorSpec], source: Iterable[t
     head += b" " * (-len(head) % 8)
     with part.open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
-        for expected, (name, array) in zip(shard, source, strict=False):
+        for expected in shard:
+            name, array = next(source, ("nothing", np.zeros(0)))
             if name != expected or array.nbytes != shard[name].nbytes:
                 raise ValueError(f"tensor {name} came where {expected} {shard[expected]} was announced")
             stream.write(np.ascontiguousarray(array).data)

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError
-from ivcore.inputs import ModelInputs
+from ivcore.inputs import ModelInputs, check_pixels, check_token_ids
 from ivcore.positions import position_ids
 from ivcore.rotary import text_rope
 from ivcore.sampling import Sampler, Sampling
@@ -66,13 +66,17 @@ class Model:
     def encode_vision(
         self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """pixels (P, patch_dim), grid_thw (N, 3) -> embeddings (T, hidden), DeepStack features (n, T, hidden)."""
+        """pixels (P, patch_dim), grid_thw (N, 3) -> embeddings (T, hidden), DeepStack features (n, T, hidden).
+
+        Holds the features of the whole video; `encode_groups` gives them piece by piece, as prefill uses them.
+        """
+        check_pixels(pixels, grid_thw, self.config)
         vision = self.config.vision
         count = int(np.prod(grid_thw, axis=1).sum()) // vision.spatial_merge_size**2
         embeds = np.empty((count, vision.out_hidden_size), np.float32)
         features = np.empty((len(vision.deepstack_visual_indexes), *embeds.shape), np.float32)
         start = 0
-        for tokens, deepstack in self._encode_groups(pixels, grid_thw, observe):
+        for tokens, deepstack in self.encode_groups(pixels, grid_thw, observe):
             stop = start + tokens.shape[0]
             embeds[start:stop] = _numpy(tokens)
             for place, feature in enumerate(deepstack):
@@ -80,13 +84,25 @@ class Model:
             start = stop
         return embeds, features
 
+    def encode_groups(
+        self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None = None
+    ) -> Iterator[tuple[mx.array, list[mx.array]]]:
+        """Tokens (T, hidden) and DeepStack features of one group of frames after the other, in the backend's arrays."""
+        watch = (lambda name, array: observe(name, _numpy(array))) if observe else None
+        for group in frame_groups(self.config, grid_thw, self.memory_budget, self._itemsize):
+            patches = mx.array(np.asarray(pixels[group.start : group.stop], dtype=np.float32))
+            patches = patches.reshape(group.frames, group.height * group.width, -1)
+            tokens, deepstack = self.network.model.visual(patches, group.height, group.width, self.memory_budget, watch)
+            mx.eval(tokens, deepstack)
+            yield tokens, deepstack
+
     def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray:
         """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
 
         Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
         `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden).
         """
-        hidden = [out for out in self._run(inputs, self.new_cache(), len(inputs.token_ids), None, observe)]
+        hidden = list(self._run(inputs, self.new_cache(), max(1, len(inputs.token_ids)), None, observe))
         return np.concatenate([_numpy(self.network.logits(part)[0]) for part in hidden])
 
     def prefill(
@@ -97,17 +113,16 @@ class Model:
         chunk: tokens at a time; None lets the memory budget decide. on_progress(phase, done, total) counts the tokens
         of the phases "encode" and "prefill".
         """
-        last = None
         for hidden in self._run(inputs, cache, chunk, on_progress, None):
             last = hidden[:, -1]
-        if last is None:
-            raise BackendError("The prompt holds no token; ask something.")
         return _numpy(self.network.logits(last)[0])
 
     def decode(self, token_id: int, cache: Cache) -> np.ndarray:
         """Append one text token to the cache; returns the logits (vocab,) after it."""
+        token_ids = np.array([token_id])
+        check_token_ids(token_ids, self.config)
         positions = np.full((3, 1), cache.next_position, dtype=np.int32)
-        hidden = self._chunk(np.array([token_id]), positions, cache, None, None)
+        hidden = self._chunk(token_ids, positions, cache, None, None)
         return _numpy(self.network.logits(hidden[:, -1])[0])
 
     def generate(
@@ -145,8 +160,9 @@ class Model:
     ) -> Iterator[mx.array]:
         """Append a prompt chunk by chunk; yields each chunk's output of the last layer, (1, S, hidden)."""
         config, token_ids = self.config, np.asarray(inputs.token_ids)
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < config.text.vocab_size:
-            raise BackendError(f"A token id lies outside the vocabulary of {config.text.vocab_size}.")
+        inputs.check(config, held=cache.length)
+        if chunk is not None and chunk < 1:
+            raise BackendError(f"A chunk of {chunk} tokens cannot be read; it takes at least one.")
         is_visual = np.isin(token_ids, (config.image_token_id, config.video_token_id))
         positions = inputs.position_ids
         if positions is None:
@@ -195,7 +211,7 @@ class Model:
         """A function that gives the next visual tokens for the places `index` of a chunk, encoding as it goes."""
         groups: Iterator[tuple[mx.array, list[mx.array]]] = iter(())
         if inputs.pixels is not None and inputs.grid_thw is not None:
-            groups = self._encode_groups(inputs.pixels, inputs.grid_thw, observe)
+            groups = self.encode_groups(inputs.pixels, inputs.grid_thw, observe)
         held: list[mx.array] = []
         encoded = 0
 
@@ -216,17 +232,6 @@ class Model:
             return Visual(mx.array(index), tokens, deepstack)
 
         return take
-
-    def _encode_groups(
-        self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None
-    ) -> Iterator[tuple[mx.array, list[mx.array]]]:
-        watch = (lambda name, array: observe(name, _numpy(array))) if observe else None
-        for group in frame_groups(self.config, grid_thw, self.memory_budget, self._itemsize):
-            patches = mx.array(np.asarray(pixels[group.start : group.stop], dtype=np.float32))
-            patches = patches.reshape(group.frames, group.height * group.width, -1)
-            tokens, deepstack = self.network.model.visual(patches, group.height, group.width, self.memory_budget, watch)
-            mx.eval(tokens, deepstack)
-            yield tokens, deepstack
 
     @property
     def _itemsize(self) -> int:

@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ivcore.checkpoint import check_specs
+from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
 from ivcore.sampling import stop_ids
@@ -16,20 +16,22 @@ from ivcore.shards import Checkpoint
 from ivmlx.generate import Model
 from ivmlx.model import Network
 
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def load(path: str | Path, dtype: str | None = None) -> Model:
     """The model in a checkpoint folder.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps what is stored. Raises ConfigError, CheckpointError (tensors
-    that do not fit the config, are damaged, or hold NaN or infinity) or BackendError.
+    dtype: "float32", "bfloat16" or "float16"; None takes what most of it is stored in. Raises ConfigError,
+    CheckpointError (tensors that do not fit the config, are damaged, or hold NaN or infinity) or BackendError.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BackendError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     config = ModelConfig.from_dir(path)
     checkpoint = Checkpoint(path)
     check_specs(checkpoint.specs, config, str(path))
+    dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
     network = Network(config)
     _quantize(network, config, checkpoint)
     for file in sorted(set(checkpoint.files.values())):
@@ -39,14 +41,14 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
             if config.tie_word_embeddings and name.startswith("lm_head."):
                 continue
             if mx.issubdtype(array.dtype, mx.floating):
-                array = array.astype(DTYPES[dtype]) if dtype else array
+                stored, array = array, array.astype(DTYPES[dtype])
                 if not mx.isfinite(array).all().item():
+                    if mx.isfinite(stored).all().item():
+                        raise BackendError(f"{file}: {name} has values beyond {dtype}; use float32 or bfloat16.")
                     raise CheckpointError(f"{file}: {name} holds NaN or infinity; convert or download it again.")
             network.load_weights([(name, array)], strict=False)
     network.eval()
-    stored = network.model.language_model.norm.weight.dtype
-    name = next(name for name, kind in DTYPES.items() if kind == stored)
-    return Model(network, config, name, stop_ids(path))
+    return Model(network, config, dtype, stop_ids(path))
 
 
 def _quantize(network: Network, config: ModelConfig, checkpoint: Checkpoint) -> None:

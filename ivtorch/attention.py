@@ -154,7 +154,11 @@ class LatentAttention(nn.Module):
 
         block = key_block(batch * heads * length, 0, step.budget, queries.itemsize)
         latent = attend(queries, fetch, step.offset + length, geometry.softmax_scale, block)[..., : self.rank]
-        return latent @ up[:, geometry.nope_dim :].transpose(-1, -2)
+        values = latent @ up[:, geometry.nope_dim :].transpose(-1, -2)
+        if "kv_b_proj" in geometry.biases:
+            # Its part for the keys shifts all scores of a query alike, which the softmax does not see.
+            values = values + self.kv_b_proj.bias.reshape(heads, 1, -1)[..., geometry.nope_dim :]
+        return values
 
 
 class ReleaseLatentAttention(LatentAttention):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ivcore.checkpoint import check_specs
+from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
 from ivcore.sampling import stop_ids
@@ -17,20 +17,22 @@ from ivtorch.generate import Model
 from ivtorch.model import Network
 
 UNPACK_ROWS = 512
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(path: str | Path, dtype: str | None = None) -> Model:
     """The model in a checkpoint folder, on CUDA where there is one.
 
-    dtype: "float32", "bfloat16" or "float16"; None keeps what is stored. Raises ConfigError, CheckpointError (tensors
-    that do not fit the config, are damaged, or hold NaN or infinity) or BackendError.
+    dtype: "float32", "bfloat16" or "float16"; None takes what most of it is stored in. Raises ConfigError,
+    CheckpointError (tensors that do not fit the config, are damaged, or hold NaN or infinity) or BackendError.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BackendError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     config = ModelConfig.from_dir(path)
     checkpoint = Checkpoint(path)
     check_specs(checkpoint.specs, config, str(path))
+    dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
         network = Network(config)
@@ -41,15 +43,15 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
                 packed = kind == "weight" and f"{module}.scales" in checkpoint.specs
                 if kind in ("scales", "biases") or (config.tie_word_embeddings and name.startswith("lm_head.")):
                     continue
-                array = _dequantize(checkpoint, config, module, device) if packed else tensors.get_tensor(name)
-                array = array.to(DTYPES[dtype]) if dtype else array
+                stored = _dequantize(checkpoint, config, module, device) if packed else tensors.get_tensor(name)
+                array = stored.to(DTYPES[dtype])
                 if not torch.isfinite(array).all():
+                    if torch.isfinite(stored).all():
+                        raise BackendError(f"{file}: {name} has values beyond {dtype}; use float32 or bfloat16.")
                     raise CheckpointError(f"{file}: {name} holds NaN or infinity; convert or download it again.")
                 network.load_state_dict({name: array}, strict=False, assign=True)
     network.eval().requires_grad_(False)
-    stored = network.model.language_model.norm.weight.dtype
-    name = next(name for name, kind in DTYPES.items() if kind == stored)
-    return Model(network, config, name, stop_ids(path))
+    return Model(network, config, dtype, stop_ids(path))
 
 
 def _dequantize(checkpoint: Checkpoint, config: ModelConfig, module: str, device: str) -> torch.Tensor:

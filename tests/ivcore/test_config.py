@@ -182,8 +182,15 @@ def test_a_silent_config_finds_odd_dimensions_ranks_biases_and_compression(silen
     assert manifest(found) == shapes
 
 
-@pytest.mark.parametrize("silent", [["attention_layout"], ["qk_rope_num_heads"], ["attention_layout", "qk_rope_num_heads",
-                                    "kv_lora_rank", "attention", "attention_bias"]], ids="+".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "silent",
+    [
+        ["attention_layout"],
+        ["qk_rope_num_heads"],
+        ["attention_layout", "qk_rope_num_heads", "kv_lora_rank", "attention", "attention_bias"],
+    ],
+    ids="+".join,
+)
 def test_the_norm_layout_and_its_rope_keys_are_read_from_the_shapes(silent: list[str]) -> None:
     raw = changed(
         text(attention="m2la", attention_layout="norm", qk_rope_num_heads=[1, 2, 1, 2, 1], rope_interleave=False)

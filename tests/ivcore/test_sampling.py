@@ -55,7 +55,13 @@ def test_top_k_keeps_the_likeliest(top_k: int, kept: tuple[int, ...]) -> None:
     agree(frequencies(Sampling(temperature=1.0, top_k=top_k, seed=2)), only(*kept))
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.01, (1,)), (0.39, (1,)), (0.41, (1, 3)), (0.69, (1, 3)), (0.71, (1, 3, 4)), (0.9, (0, 1, 3, 4)), (1.0, (0, 1, 2, 3, 4))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.01, (1,)), (0.39, (1,)), (0.41, (1, 3)), (0.69, (1, 3)), (0.71, (1, 3, 4)), (0.9, (0, 1, 3, 4)),
+        (1.0, (0, 1, 2, 3, 4)),
+    ],
+)  # fmt: skip
 def test_top_p_keeps_the_smallest_set_with_that_much_probability(top_p: float, kept: tuple[int, ...]) -> None:
     agree(frequencies(Sampling(temperature=1.0, top_p=top_p, seed=3)), only(*kept))
 
@@ -68,7 +74,7 @@ def test_min_p_keeps_what_has_that_fraction_of_the_best(min_p: float, kept: tupl
 
 
 def test_filters_apply_after_temperature_and_one_after_the_other() -> None:
-    # Squared: .16 .09 .0324 .01 of .2928 in all. Three kept by k: .5666 .3187 .1147; 0.88 of that needs two; both pass min_p.
+    # Squared: .16 .09 .0324 .01, .2928 in all. Of the three that k keeps, .5666 .3187 .1147, 0.88 needs two.
     how = Sampling(temperature=0.5, top_k=3, top_p=0.88, min_p=0.2, seed=5)
     agree(frequencies(how), only(1, 3) ** 2)
     # Without top_k the two likeliest hold .8538 of all, so a third is needed, which min_p then takes away or leaves.
