@@ -49,10 +49,11 @@ class ProcessorConfig:
     def from_dir(cls, path: str | Path) -> Self:
         """Read preprocessor_config.json and video_preprocessor_config.json; what neither says keeps its default.
 
+        Transformers 5 writes both into processor_config.json, which is read where one of them is absent.
         Raises ConfigError that names the file and the field.
         """
-        image = _Fields.read(Path(path) / "preprocessor_config.json")
-        video = _Fields.read(Path(path) / "video_preprocessor_config.json")
+        image = _Fields.read(Path(path) / "preprocessor_config.json", "image_processor")
+        video = _Fields.read(Path(path) / "video_preprocessor_config.json", "video_processor")
         values: dict[str, Any] = {}
         for name, kind in _SHARED.items():
             given = [value for fields in (image, video) if (value := kind(fields, name)) is not None]
@@ -89,8 +90,14 @@ class _Fields:
     content: Mapping[str, Any]
 
     @classmethod
-    def read(cls, file: Path) -> _Fields:
-        fields = cls(file, read_json(file) if file.exists() else {})
+    def read(cls, file: Path, section: str) -> _Fields:
+        combined = file.with_name("processor_config.json")
+        if file.exists():
+            fields = cls(file, read_json(file))
+        elif combined.exists() and isinstance(content := read_json(combined).get(section), dict):
+            fields = cls(combined, content)
+        else:
+            fields = cls(file, {})
         for name in _ALWAYS:
             if fields.content.get(name, True) is not True:
                 raise fields.error(name, "true; other preprocessing is not supported")

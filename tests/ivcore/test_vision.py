@@ -168,6 +168,20 @@ def test_the_release_is_what_missing_processor_configs_mean(tmp_path: Path) -> N
     assert (config.fps, config.min_frames, config.max_frames, config.factor) == (2, 4, 768, 32)
 
 
+def test_the_combined_config_of_transformers_5_is_read(tmp_path: Path) -> None:
+    combined = {"image_processor": {"merge_size": 2, "size": {"shortest_edge": 1024, "longest_edge": 4096}},
+                "video_processor": {"merge_size": 2, "fps": 3, "max_frames": 9}}  # fmt: skip
+    (tmp_path / "processor_config.json").write_text(json.dumps(combined))
+    config = ProcessorConfig.from_dir(tmp_path)
+    assert (config.image_min_pixels, config.image_max_pixels, config.fps, config.max_frames) == (1024, 4096, 3.0, 9)
+    (tmp_path / "video_preprocessor_config.json").write_text('{"fps": 5}')
+    assert ProcessorConfig.from_dir(tmp_path).fps == 5.0
+    combined["image_processor"]["merge_size"] = 0
+    (tmp_path / "processor_config.json").write_text(json.dumps(combined))
+    with pytest.raises(ConfigError, match=r"processor_config\.json: merge_size"):
+        ProcessorConfig.from_dir(tmp_path)
+
+
 def test_a_checkpoint_s_processor_configs_are_read() -> None:
     config = ProcessorConfig.from_dir(REFERENCE / "iv3-micro")
     assert (config.image_min_pixels, config.image_max_pixels) == (4_096, 262_144)
