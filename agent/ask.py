@@ -72,12 +72,17 @@ def run(request: Request, *, as_json: bool = False) -> None:
         answer = Answer(model, tokenizer, inputs, request, phases)
         for piece in answer:
             if not as_json:
-                print(piece, end="", flush=True)
+                print(_printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
     else:
         print(flush=True)
         phases.say(answer.summary())
+
+
+def _printable(text: str) -> str:
+    """Text without control characters: a model could write an escape sequence that its video showed it."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 class Answer:

@@ -66,9 +66,7 @@ class Phases:
 
     def mark(self, phase: str, done: int, total: int) -> None:
         """`done` of `total` steps of a phase are through; also the `on_progress` of decoding and of the model."""
-        now = time.perf_counter()
-        self.spent.setdefault(phase, Phase()).seconds += now - self._last
-        self._last = now
+        self._count(phase)
         self._show(phase, done, total)
 
     def on_frames(self, done: int, total: int) -> None:
@@ -80,12 +78,17 @@ class Phases:
         """Count a block as one phase."""
         self.start(name)
         yield self.spent[name]
-        self.mark(name, 1, 1)
+        self._count(name)
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal; nothing in a pipe."""
         if self.console.is_terminal:
-            self.console.print(text, style="dim", markup=False)
+            self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def _count(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.spent.setdefault(phase, Phase()).seconds += now - self._last
+        self._last = now
 
     def _show(self, phase: str, done: int, total: int | None) -> None:
         if self._progress is None or phase not in WORDS:

@@ -100,10 +100,12 @@ class Model:
         """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
 
         Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
-        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden).
+        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden). An observed prompt is
+        not cut into chunks.
         """
-        hidden = list(self._run(inputs, self.new_cache(), max(1, len(inputs.token_ids)), None, observe))
-        return np.concatenate([_numpy(self.network.logits(part)[0]) for part in hidden])
+        chunk = len(inputs.token_ids) or None if observe else None
+        parts = self._run(inputs, self.new_cache(), chunk, None, observe)
+        return np.concatenate([_numpy(self.network.logits(hidden)[0]) for hidden in parts])
 
     def prefill(
         self, inputs: ModelInputs, cache: Cache, *, chunk: int | None = None, on_progress: Progress | None = None
@@ -182,7 +184,7 @@ class Model:
             index = np.flatnonzero(is_visual[start:stop])
             visual = features(index) if len(index) else None
             yield self._chunk(token_ids[start:stop], positions[:, start:stop], cache, visual, observe)
-            # Metal keeps freed buffers for reuse; between chunks of one size-changing prefill they only take room.
+            # Metal keeps freed buffers for reuse; the next chunk has blocks of other sizes.
             mx.clear_cache()
             if on_progress:
                 on_progress("prefill", stop, len(token_ids))
@@ -196,9 +198,7 @@ class Model:
         observe: Observer | None,
     ) -> mx.array:
         cos, sin = text_rope(self.config.text, positions)
-        step = Step(
-            mx.array(cos), mx.array(sin), cache.length, cache.room, self.memory_budget, self.form
-        )  # fmt: skip
+        step = Step(mx.array(cos), mx.array(sin), cache.length, cache.room, self.memory_budget, self.form)
         watch = (lambda name, array: observe(name, _numpy(array[0]))) if observe else None
         hidden = self.network.model.language_model(mx.array(token_ids)[None], step, cache, visual, watch)
         mx.eval(hidden, cache.arrays())

@@ -99,10 +99,12 @@ class Model:
         """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
 
         Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
-        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden).
+        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden). An observed prompt is
+        not cut into chunks.
         """
-        hidden = list(self._run(inputs, self.new_cache(), max(1, len(inputs.token_ids)), None, observe))
-        return np.concatenate([_numpy(self.network.logits(part)[0]) for part in hidden])
+        chunk = len(inputs.token_ids) or None if observe else None
+        parts = self._run(inputs, self.new_cache(), chunk, None, observe)
+        return np.concatenate([_numpy(self.network.logits(hidden)[0]) for hidden in parts])
 
     @torch.inference_mode()
     def prefill(
