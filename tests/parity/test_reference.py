@@ -87,7 +87,7 @@ def test_greedy_ids_and_their_logits_match(model: Any, reference: Any) -> None:
 
 @pytest.mark.skipif(
     sys.platform == "linux" and "libopenblas" not in Path("/proc/self/maps").read_text(),
-    reason="without OpenBLAS, MLX on Linux sums one number after the other, which alone is off by 6e-5; see the Makefile",
+    reason="without OpenBLAS, MLX on Linux sums one number after the other, and that alone is off by 6e-5",
 )
 def test_the_two_backends_agree_on_every_activation(both: dict[str, Any], reference: Any) -> None:
     mlx, torch = (observed(both[name], reference.inputs) for name in ("mlx", "torch"))
