@@ -95,6 +95,7 @@ class Model:
             tokens, deepstack = self.network.model.visual(patches, group.height, group.width, self.memory_budget, watch)
             mx.eval(tokens, deepstack)
             yield tokens, deepstack
+            del patches, tokens, deepstack  # or they would lie beside the next group's activations
 
     def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray:
         """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.

@@ -93,6 +93,7 @@ class Model:
             patches = patches.reshape(group.frames, group.height * group.width, -1)
             tokens, deepstack = self.network.model.visual(patches, group.height, group.width, self.memory_budget, watch)
             yield tokens, deepstack
+            del patches, tokens, deepstack  # or they would lie beside the next group's activations
 
     @torch.inference_mode()
     def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray:
