@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,12 +13,25 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 # Matrices this small are slower on several threads; set before torch or a BLAS is loaded, and for subprocesses as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# The same examples in every run, and none of hypothesis's folders in the clone.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
+_hypothesis_home = tempfile.mkdtemp()
+set_hypothesis_home_dir(_hypothesis_home)
+
 MakeClip = Callable[..., Path]
+
+
+def pytest_unconfigure() -> None:
+    """Take hypothesis's folder away."""
+    shutil.rmtree(_hypothesis_home, ignore_errors=True)
 
 
 def moving_picture(index: int, width: int, height: int) -> np.ndarray:
