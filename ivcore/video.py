@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -190,6 +191,13 @@ def _decode_wanted(
 
 
 def _survey(path: Path) -> _Survey:
+    status = path.stat()
+    return _read_survey(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read_survey(path: Path, _modified: int, _size: int) -> _Survey:
+    # Cached, because a prompt probes a file before it decodes it, and the index of a long film takes reading all of it.
     index = read_index(path)
     container, stream = open_video(path)
     with container:
