@@ -11,6 +11,7 @@ Notable:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -108,9 +109,9 @@ class LatentAttention(nn.Module):
         if geometry.latent_norm:
             self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=eps)
 
+    @abstractmethod
     def project(self, x: mx.array, step: Step) -> tuple[mx.array, mx.array, mx.array]:
         """x: (B, S, hidden) -> q_nope (B, S, H, dn), q_rope (B, S, H, R * dr), c | k_r (B, S, r + R * dr)."""
-        raise NotImplementedError
 
     def __call__(self, x: mx.array, step: Step, cache: LatentCache) -> mx.array:
         """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache."""

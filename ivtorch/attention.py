@@ -11,6 +11,7 @@ Notable:
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -110,9 +111,9 @@ class LatentAttention(nn.Module):
         if geometry.latent_norm:
             self.kv_a_layernorm = nn.RMSNorm(self.rank, eps=eps)
 
+    @abstractmethod
     def project(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x: (B, S, hidden) -> q_nope (B, S, H, dn), q_rope (B, S, H, R * dr), c | k_r (B, S, r + R * dr)."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor, step: Step, cache: LatentCache) -> torch.Tensor:
         """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache."""
