@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.phases import Phases, human_bytes, peak_resident_bytes
+from agent.phases import Phases, peak_resident_bytes
+from agent.units import human_bytes
 from ivcore.backend import Model, choose, load
 from ivcore.hub import resolve
 from ivcore.image import is_image

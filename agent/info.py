@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, Literal
 
 from agent.machine import Memory, machine
+from agent.units import human_bytes
 from ivcore.backend import choose
 from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig, QuantizationConfig
@@ -248,11 +249,3 @@ def _ways_out(made: Report, asked: ContextMemory) -> list[str]:
     if tokens > 0 and not config.quantization and made.backend != "torch":
         ways.append("a 4-bit conversion" + (f" with a context of {tokens:,}" if tokens < asked.tokens else ""))
     return ways
-
-
-def human_bytes(nbytes: int) -> str:
-    """Bytes in the unit that reads best, in powers of 1024."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.{0 if nbytes >= 100 * size else 1}f} {unit}"
-    return f"{nbytes} B"

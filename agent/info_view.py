@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agent.info import Report, human_bytes
+from agent.info import Report
 from agent.machine import Memory
+from agent.units import human_bytes
 from ivcore.config import ModelConfig
 from ivcore.geometry import AttentionGeometry
 

@@ -24,7 +24,7 @@ from ivcore.schedule import key_block
 from ivmlx.cache import KeyValueCache, LatentCache
 
 Form = Literal["auto", "expanded", "absorbed"]
-FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 80, 128), (64, 96, 128, 256)
+FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class GroupedQueryAttention(nn.Module):
         queries, keys, values = (t.transpose(0, 2, 1, 3) for t in (queries, keys, self.v_proj(x).reshape(split)))
         cache.append(keys, values, step.offset, step.room)
         total = step.offset + length
-        if _fused(length, self.geometry.head_dim):
+        if fused(length, self.geometry.head_dim):
             attended = mx.fast.scaled_dot_product_attention(
                 queries,
                 cache.keys.view(0, total),
@@ -270,7 +270,8 @@ def dense_weight(linear: nn.Module) -> mx.array:
     return linear.weight
 
 
-def _fused(length: int, head_dim: int) -> bool:
+def fused(length: int, head_dim: int) -> bool:
+    """Whether MLX has a kernel for `length` queries that writes no scores to memory."""
     return mx.metal.is_available() and head_dim in (FUSED_DECODE_DIMS if length == 1 else FUSED_PREFILL_DIMS)
 
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ivcore.config import VisionConfig
 from ivcore.rotary import position_taps, vision_rope
 from ivcore.schedule import vision_query_block
+from ivmlx.attention import fused
 
 NORM_EPS = 1e-6
 Observe = Callable[[str, mx.array], None]
@@ -53,7 +54,8 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x).reshape(frames, patches, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
         queries, keys, values = _rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2]
         scale = queries.shape[-1] ** -0.5
-        block = vision_query_block(frames, self.num_heads, patches, budget)
+        whole = fused(patches, queries.shape[-1])
+        block = patches if whole else vision_query_block(frames, self.num_heads, patches, budget)
         attended = [
             mx.fast.scaled_dot_product_attention(queries[:, :, start : start + block], keys, values, scale=scale)
             for start in range(0, patches, block)

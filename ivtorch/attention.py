@@ -76,7 +76,7 @@ class GroupedQueryAttention(nn.Module):
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, self.v_proj(x).reshape(split)))
         cache.append(keys, values, step.offset, step.room)
         total = step.offset + length
-        if _fused(x.device):
+        if fused(x.device):
             attended = F.scaled_dot_product_attention(
                 queries,
                 cache.keys.view(0, total),
@@ -267,7 +267,8 @@ def dense_weight(linear: nn.Linear) -> torch.Tensor:
     return linear.weight
 
 
-def _fused(device: torch.device) -> bool:
+def fused(device: torch.device) -> bool:
+    """Whether PyTorch has kernels that write no scores to memory."""
     return device.type == "cuda"
 
 

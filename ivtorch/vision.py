@@ -15,6 +15,7 @@ from torch import nn
 from ivcore.config import VisionConfig
 from ivcore.rotary import position_taps, vision_rope
 from ivcore.schedule import vision_query_block
+from ivtorch.attention import fused
 
 NORM_EPS = 1e-6
 Observe = Callable[[str, torch.Tensor], None]
@@ -54,7 +55,8 @@ class VisionAttention(nn.Module):
         qkv = self.qkv(x).reshape(frames, patches, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         queries, keys, values = _rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2]
         scale = queries.shape[-1] ** -0.5
-        block = vision_query_block(frames, self.num_heads, patches, budget)
+        whole = fused(x.device)
+        block = patches if whole else vision_query_block(frames, self.num_heads, patches, budget)
         attended = [
             F.scaled_dot_product_attention(queries[:, :, start : start + block], keys, values, scale=scale)
             for start in range(0, patches, block)

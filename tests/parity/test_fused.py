@@ -15,7 +15,7 @@ def test_the_fused_calls_of_gqa_give_the_reference_s_numbers(
     backend: ModuleType, reference: Any, model: Any, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(f"{backend.__name__}.attention._fused", lambda *_: bool(calls.append(1)) or True)
+    monkeypatch.setattr(f"{backend.__name__}.attention.fused", lambda *_: bool(calls.append(1)) or True)
     cache = model.new_cache()
     rows = [model.prefill(reference.inputs, cache, chunk=chunk)]
     for token_id in reference.expected["greedy_ids"][:-1].tolist():
