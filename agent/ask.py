@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ivcore.tokenizer import TextStream, Tokenizer
 class Request:
     """What `iv3 ask` was asked; None leaves a choice to the checkpoint."""
 
-    media: list[Path]
+    media: Sequence[str | Path]
     question: str
     model: str
     backend: str = "auto"

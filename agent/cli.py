@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,7 +46,7 @@ Examples:
   iv3 ask film.mp4 "Who wins?" -m DIR --fps 0.5 --json | jq .answer"""
 )
 def ask(
-    media: Annotated[list[Path], typer.Argument(metavar="VIDEO_OR_IMAGE...", help="Files, in the order to show them.")],
+    media: Annotated[list[str], typer.Argument(metavar="VIDEO_OR_IMAGE...", help="Files, in the order to show them.")],
     question: Annotated[str, typer.Argument(help="What to ask about them.")],
     model: Model,
     backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",

@@ -29,6 +29,12 @@ def test_no_such_file(failure: Callable[..., str], tmp_path: Path) -> None:
     assert f"no file {tmp_path / 'nope.mp4'}" in failure("ask", tmp_path / "nope.mp4", "What?", "-m", MICRO)
 
 
+def test_an_address_is_not_fetched(failure: Callable[..., str]) -> None:
+    assert "'https://example.org/clip.mp4'; nothing is fetched" in failure(
+        "ask", "https://example.org/clip.mp4", "What?", "-m", MICRO
+    )
+
+
 def test_a_folder(failure: Callable[..., str], tmp_path: Path) -> None:
     assert f"{tmp_path} is a folder" in failure("ask", tmp_path, "What?", "-m", MICRO)
 
