@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from agent.phases import Phases, peak_resident_bytes
 from agent.units import human_bytes
@@ -82,8 +83,11 @@ def run(request: Request, *, as_json: bool = False) -> None:
 
 
 def _printable(text: str) -> str:
-    """Text without control characters: a model could write an escape sequence that its video showed it."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+    """Text without control characters: a model could write an escape sequence that its video showed it.
+
+    Joiners and marks of direction stay; emoji, Persian and Hindi are written with them.
+    """
+    return "".join(character for character in text if category(character) != "Cc" or character in "\n\t")
 
 
 class Answer:

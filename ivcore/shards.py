@@ -129,9 +129,9 @@ def write_checkpoint(
 ) -> None:
     """Write config.json and the tensors, which come one by one in the order of `specs`, in shards with an index.
 
-    Every file is written beside and renamed when all are whole, the weights last; the weights of a checkpoint that was
-    there before go away. Raises CheckpointError when the disk has no room, ValueError for other tensors than announced;
-    nothing is changed then.
+    Every file is written beside and renamed when all are whole, the weights last. It takes the place of a checkpoint
+    that was there before, of which shards with other names stay behind unread. Raises CheckpointError when the disk has
+    no room, ValueError for other tensors than announced; nothing is changed by a failure before the renaming.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -100,8 +100,8 @@ class Model:
         """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
 
         Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
-        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden). An observed prompt is
-        not cut into chunks.
+        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden). An observed prompt is not
+        cut into chunks.
         """
         chunk = len(inputs.token_ids) or None if observe else None
         parts = self._run(inputs, self.new_cache(), chunk, None, observe)

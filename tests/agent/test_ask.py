@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from agent import cli
+from agent.ask import _printable
 from ivcore.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def test_json_has_the_answer_its_counts_phases_and_timestamps(run: Run, make_cli
     assert len(report["token_ids"]) == report["generated_tokens"] <= 6
     assert report["finish"] in ("stop", "length")
     assert report["answer"] == Tokenizer.from_dir(MICRO).decode(report["token_ids"])
-    # 4 frames are 2 temporal patches of 64x64 pixels, the least that 4,096 pixels a clip and 32 a token allow.
+    # 4 frames are 2 temporal patches of the same number of tokens.
     assert report["visual_tokens"] % 2 == 0 and 0 < report["visual_tokens"] < report["prompt_tokens"]
     assert list(report["phases"]) == ["decode", "load", "prefill", "encode", "generate"]
     assert all(phase["seconds"] >= 0 for phase in report["phases"].values())
@@ -60,6 +61,12 @@ def test_both_backends_give_the_same_answer_and_a_pipe_stays_quiet(run: Run, mak
     assert answers[0] == answers[1]
     code, out, err = answers[0]
     assert (code, err) == (0, "") and out.endswith("\n")
+
+
+@pytest.mark.parametrize("kept", ["👨\u200d👩\u200d👧", "می\u200cخواهم", "क्\u200dष", "a\tb\nc", "naïve — 你好"])
+def test_a_terminal_gets_no_escape_sequences_but_every_script_whole(kept: str) -> None:
+    assert _printable(kept) == kept
+    assert _printable(f"\x1b[2J{kept}\x07\x9b1m\r") == f"[2J{kept}1m"
 
 
 def test_a_sampled_answer_is_repeatable_by_its_seed(run: Run, make_clip: MakeClip) -> None:
