@@ -4,15 +4,12 @@
 
 Every row is a process of its own on a random model of about 100M parameters in float32. "working" is the peak resident
 memory while it runs, less what was resident before (weights, pixels as uint8) and less the cache that it leaves behind.
-On Linux, glibc is told to give freed blocks of 1 MB and more back at once (MALLOC_MMAP_THRESHOLD_). Left to itself it
-keeps blocks of up to 32 MB, and its fragmentation, some 50 MB whatever the length, moves the ratios by 0.2 a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -69,8 +66,7 @@ def rows(
     for size in sizes:
         command = [sys.executable, "-m", "bench.memory", "--measure", backend, str(folder), what, str(size),
                    "visual" if visual else "text"]  # fmt: skip
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        result = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=env).stdout)
+        result = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
         working = result["peak"] - result["before"] - result["kept"]
         first = first or working
         ratio = working / first

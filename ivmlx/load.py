@@ -8,6 +8,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from ivcore.allocator import return_freed_blocks
 from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
@@ -32,6 +33,8 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     checkpoint = Checkpoint(path)
     check_specs(checkpoint.specs, config, str(path))
     dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
+    if mx.default_device() == mx.cpu:
+        return_freed_blocks()
     network = Network(config)
     _quantize(network, config, checkpoint)
     for file in sorted(set(checkpoint.files.values())):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from ivcore.allocator import return_freed_blocks
 from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
@@ -34,6 +35,8 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     check_specs(checkpoint.specs, config, str(path))
     dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return_freed_blocks()
     with torch.device("meta"):
         network = Network(config)
     for file in sorted(set(checkpoint.files.values())):
