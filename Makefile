@@ -38,9 +38,10 @@ lint: setup ## ruff (rules and format) and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(ROOMS)
 
-bench: setup ## measure video sampling and memory
+bench: setup ## measure video sampling, memory and conversion
 	$(RUN) bench/video_sampling.py
 	$(RUN) bench/memory.py
+	$(RUN) bench/convert.py --layers 4
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist bench/out

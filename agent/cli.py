@@ -102,6 +102,76 @@ def info(
     show(model, context, as_json)
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  iv3 convert yanziang/InternVideo3-8B-Instruct ./iv3-4bit --bits 4
+  iv3 convert ./release ./iv3-mixed --recipe mixed_4_6 --dry-run
+  iv3 convert ./iv3-4bit ./iv3-float --dtype bf16
+  iv3 convert ./release ./merged --adapter ./my-lora"""
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a Hugging Face id (owner/name@revision).")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write; both backends load it.")],
+    bits: Annotated[int | None, typer.Option(help="Quantise to 4 or 8 bits (MLX's affine form).")] = None,
+    group_size: Annotated[int, typer.Option(help="32, 64 or 128 columns share a scale and a bias.")] = 64,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; as stored by default. Without --bits it dequantises.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Modules to leave in float, as in lm_head, layers.0 or '*.mlp.*'; may be repeated. The vision tower, "
+            "the projector, norms and biases always stay; kv_b_proj gets 8 bits.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Mixed bit widths: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's form) to merge.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes in a shard, as in 5GB or 500MB.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was stopped.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace DST, or start a stopped conversion anew.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Cast, quantise or dequantise weights, or merge an adapter, all or nothing."""
+    from pathlib import Path
+
+    from agent.convert import convert as run_convert
+    from agent.convert import parse_size
+    from convert.plan import Options
+
+    options = Options(
+        bits=bits,
+        group_size=group_size,
+        dtype=dtype,
+        keep=tuple(keep or ()),
+        recipe=recipe,
+        adapter=Path(adapter) if adapter else None,
+        shard_bytes=parse_size(shard_size),
+    )
+    run_convert(source, target, options, dry_run=dry_run, resume=resume, force=force)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  iv3 verify ./iv3-4bit
+  iv3 verify ./iv3-4bit --json | jq .problems"""
+)
+def verify(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object with all that was found.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check every shard against its header, the manifest and conversion.json; exit 1 if anything is wrong."""
+    from agent.convert import verify as run_verify
+
+    run_verify(path, as_json)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit 0, 2 for bad usage, 1 for a failed job, 130 for Ctrl-C. Errors are one line on stderr."""
     global _debug

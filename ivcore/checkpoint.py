@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 from ivcore.config import ModelConfig, QuantizationConfig
@@ -78,8 +78,13 @@ def packed_manifest(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, T
     return packed
 
 
-def check_specs(specs: Mapping[str, TensorSpec], config: ModelConfig, where: str) -> None:
-    """Compare tensors with a config's manifest; one CheckpointError lists all that does not fit."""
+def check_specs(
+    specs: Mapping[str, TensorSpec], config: ModelConfig, where: str, floats: Collection[str] = FLOATS
+) -> None:
+    """Compare tensors with a config's manifest; one CheckpointError lists all that does not fit.
+
+    floats: the dtypes that a tensor may have that is not packed.
+    """
     expected = manifest(config)
     if config.quantization:
         expected = packed_manifest(expected, specs, config.quantization)
@@ -91,7 +96,7 @@ def check_specs(specs: Mapping[str, TensorSpec], config: ModelConfig, where: str
                 problems.append(f"unexpected {name} {list(spec.shape)} {spec.dtype}")
         elif spec.shape != expected[name]:
             problems.append(f"{name} has shape {list(spec.shape)}, but the config says {list(expected[name])}")
-        elif spec.dtype not in (("U32",) if _packed(name, specs, config) else FLOATS):
+        elif spec.dtype not in (("U32",) if _packed(name, specs, config) else floats):
             problems.append(f"{name} is {spec.dtype}, which is not supported")
     if problems:
         count = f"{len(problems)} tensors do" if len(problems) > 1 else "1 tensor does"

@@ -25,6 +25,8 @@ SINGLE = "model.safetensors"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 DTYPE_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
 FLOATS = ("F32", "F16", "BF16")
+STORED_AS = {"BF16": "uint16", "F16": "float16", "F32": "float32", "F64": "float64", "U32": "uint32"}
+"""The NumPy dtype that holds a tensor's bytes; bfloat16, which NumPy has not, is its bits."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,9 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """A read-only view of a tensor's bytes in the memory-mapped file; bfloat16 comes as its uint16 bits."""
         spec, file = self.specs[name], self.files[name]
-        with file.open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            begin, _ = json.loads(stream.read(header_size))[name]["data_offsets"]
-        dtype = {"BF16": "uint16", "F16": "float16", "F32": "float32", "U32": "uint32"}[spec.dtype]
-        return np.memmap(file, dtype=dtype, mode="r", offset=8 + header_size + begin, shape=spec.shape)
+        return np.memmap(
+            file, dtype=STORED_AS[spec.dtype], mode="r", offset=read_spans(file)[name][0], shape=spec.shape
+        )
 
 
 def read_header(file: Path) -> dict[str, TensorSpec]:
@@ -119,6 +119,60 @@ def read_header(file: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(f"{file} cannot be read ({reason}); check the path and its permissions.") from None
 
 
+def read_spans(file: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (first byte, byte after the last) of every tensor in a file whose header `read_header` has accepted."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    start = 8 + size
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The head of a safetensors file that holds these tensors in this order, without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def shard_names(count: int) -> list[str]:
+    """The file names of a checkpoint in `count` shards."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def split(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most `shard_bytes`; one that is larger alone is a shard of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and filled + nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def index_of(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
+    """The index's content for file name -> its tensors."""
+    total = sum(spec.nbytes for tensors in shards.values() for spec in tensors.values())
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors},
+    }
+
+
 def write_checkpoint(
     path: str | Path,
     config: Mapping[str, Any],
@@ -135,22 +189,21 @@ def write_checkpoint(
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = _plan_shards(specs, shard_bytes)
+    names_by_shard = split({name: spec.nbytes for name, spec in specs.items()}, shard_bytes)
+    shards = {
+        file: {name: specs[name] for name in names}
+        for file, names in zip(shard_names(len(names_by_shard)), names_by_shard, strict=True)
+    }
     need, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(f"{folder} has {free / 1e9:.1f} GB of room, but {need / 1e9:.1f} GB are to be written.")
-    total = f"{len(shards):05d}"
-    names = (
-        [SINGLE] if len(shards) == 1 else [f"model-{n:05d}-of-{total}.safetensors" for n in range(1, len(shards) + 1)]
-    )
     texts: dict[str, Mapping[str, Any]] = {"config.json": config}
     if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        texts[INDEX] = {"metadata": {"total_size": need}, "weight_map": weight_map}
-    parts = {name: folder / f"{name}.part" for name in (*texts, *names)}
+        texts[INDEX] = index_of(shards)
+    parts = {name: folder / f"{name}.part" for name in (*texts, *shards)}
     source = iter(tensors)
     try:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             _write_shard(parts[name], shard, source)
         if (extra := next(source, None)) is not None:
             raise ValueError(f"tensor {extra[0]} came, but no more were announced")
@@ -167,28 +220,9 @@ def write_checkpoint(
             part.unlink(missing_ok=True)
 
 
-def _plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[dict[str, TensorSpec]]:
-    shards: list[dict[str, TensorSpec]] = [{}]
-    filled = 0
-    for name, spec in specs.items():
-        if shards[-1] and filled + spec.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = spec
-        filled += spec.nbytes
-    return shards
-
-
 def _write_shard(part: Path, shard: Mapping[str, TensorSpec], source: Iterator[tuple[str, np.ndarray]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, spec in shard.items():
-        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.nbytes]}
-        offset += spec.nbytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
     with part.open("wb") as stream:
-        stream.write(len(head).to_bytes(8, "little") + head)
+        stream.write(header_bytes(shard))
         for expected in shard:
             name, array = next(source, ("nothing", np.zeros(0)))
             if name != expected or array.nbytes != shard[name].nbytes:
