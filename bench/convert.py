@@ -1,10 +1,10 @@
-"""Converting a checkpoint of the release's shapes (18 GB in bf16): peak memory, and speed beside reading and hashing it.
+"""Converting a checkpoint of the release's shapes (18 GB in bf16): memory, and speed beside reading and hashing it.
 
     python bench/convert.py [--layers 36] [--bits 4] [--runs 3] [--work DIR]
 
-A random checkpoint is written (and kept in --work for the next time). Then, in turns and each in a process of its own with
-the files dropped from the page cache first (where the system can do that), every shard is read and hashed, converted, and
-the result verified; the medians are compared. Needs 18 GB of disk for the source and 6 to 10 GB for the result.
+A random checkpoint is written (and kept in --work for the next time). Then, in turns and each in a process of its own
+with the files dropped from the page cache first (where the system can), every shard is read and hashed, converted, and
+the result verified; the medians are compared. Needs 18 GB of disk for the source, 6 to 10 GB for the result.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.floats import BLOCK, narrow, widen
+from ivcore.floats import BLOCK, narrow, widen
 from ivcore.shards import STORED_AS
 
 BITS = (2, 3, 4, 5, 6, 8)

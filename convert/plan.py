@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convert.adapter import Adapter
 from convert.policy import RECIPES, Form, Policy, check_patterns
 from convert.source import Matrix, Source
+from ivcore.adapter import Adapter
 from ivcore.checkpoint import check_specs
 from ivcore.config import ModelConfig
 from ivcore.errors import ConfigError

@@ -51,7 +51,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Policy:
-    """bits: of every module, None where `recipe` says or nothing is quantised; keep: patterns of what stays in float."""
+    """bits: None where `recipe` says them, or nothing is quantised; keep: shell patterns of what stays in float."""
 
     bits: int | None
     group_size: int

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.adapter import Adapter
 from convert.affine import Packed, dequantize, quantize
-from convert.floats import cast, finite, narrow, widen
 from convert.plan import TORCH_NAMES, Job, Plan
 from convert.record import Journal, ShardRecord
 from convert.writer import Parts, ShardWriter
+from ivcore.adapter import Adapter
 from ivcore.errors import CheckpointError
+from ivcore.floats import cast, finite, narrow, widen
 from ivcore.shards import STORED_AS, Checkpoint
 
 BLOCK_BYTES = 8 * 2**20

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.affine import BITS, GROUP_SIZES, Packed, dequantize, quantize
-from convert.floats import BLOCK, finite, narrow, widen
+from ivcore.floats import BLOCK, finite, narrow, widen
 
 mx = pytest.importorskip("mlx.core")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.adapter import Adapter
+from ivcore.adapter import Adapter
 from ivcore.errors import CheckpointError
 
 ATTENTION = "model.language_model.layers.{}.self_attn."

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from convert.floats import BLOCK, cast, finite, narrow, widen
+from ivcore.floats import BLOCK, cast, finite, narrow, widen
 from ivcore.shards import STORED_AS
 
 torch = pytest.importorskip("torch")

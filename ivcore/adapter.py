@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.floats import finite, widen
 from ivcore.errors import CheckpointError, ConfigError
 from ivcore.files import read_json
+from ivcore.floats import finite, widen
 from ivcore.shards import FLOATS, STORED_AS, TensorSpec, read_header, read_spans
 
 CONFIG = "adapter_config.json"
