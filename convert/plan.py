@@ -166,11 +166,11 @@ def _config(source: Source, options: Options, policy: Policy, jobs: list[Job]) -
     config = source.config.to_dict()
     config.pop("quantization", None)
     config.pop("quantization_config", None)
-    if options.dtype:
-        for section in (config, config["text_config"], config["vision_config"]):
-            for field in _DTYPE_FIELDS:
-                if field in section:
-                    section[field] = TORCH_NAMES[DTYPES[options.dtype]]
+    for section in (config, config["text_config"], config["vision_config"]):
+        for field in _DTYPE_FIELDS:
+            if field in section:
+                dtype = options.dtype or ("fp32" if section[field] == "float64" else None)
+                section[field] = TORCH_NAMES[DTYPES[dtype]] if dtype else section[field]
     packed = {job.matrix.name.removesuffix(".weight"): job.form for job in jobs if job.form}
     if packed:
         common = _common(packed, source, policy)

@@ -23,7 +23,7 @@ import numpy as np
 from convert.affine import Packed, dequantize, quantize
 from convert.plan import TORCH_NAMES, Job, Plan
 from convert.record import Journal, ShardRecord
-from convert.writer import Parts, ShardWriter
+from convert.writer import Parts, ShardWriter, drop_from_cache
 from ivcore.adapter import Adapter
 from ivcore.errors import CheckpointError
 from ivcore.floats import cast, finite, narrow, widen
@@ -207,6 +207,7 @@ def _exactly(stream: FileIO, file: Path, nbytes: int) -> np.ndarray:
         if not count:
             raise CheckpointError(f"{file} ended while it was read; download it again.")
         view = view[count:]
+    drop_from_cache(stream.fileno(), stream.tell() - nbytes, nbytes)
     return content
 
 

@@ -14,6 +14,9 @@ import numpy as np
 from convert.record import ShardRecord
 from ivcore.shards import TensorSpec, header_bytes
 
+SYNC_BYTES = 64 * 2**20
+"""Written to the disk at once: waiting for the end of a shard would make it wait for 5 GB."""
+
 Parts = tuple[np.ndarray, ...]
 """Rows of the tensors that hold a matrix: itself, or weight, scales and biases."""
 
@@ -29,6 +32,7 @@ class ShardWriter:
         self._first_tensor = hashlib.sha256()
         self._tensors: dict[str, str] = {}
         self._held: list[list[np.ndarray]] | None = None
+        self._written = self._durable = 0
         self._write(header_bytes(specs))
 
     def add(self, outputs: Mapping[str, TensorSpec], parts: Parts, last: bool) -> None:
@@ -53,12 +57,10 @@ class ShardWriter:
 
     def finish(self) -> ShardRecord:
         """Make the file durable and give it its name."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        nbytes = self._stream.tell()
+        self._sync()
         self._stream.close()
         os.replace(self._part, self.file)
-        return ShardRecord(self._hash.hexdigest(), nbytes, self._tensors)
+        return ShardRecord(self._hash.hexdigest(), self._written, self._tensors)
 
     def abandon(self) -> None:
         """Leave nothing of an unfinished file."""
@@ -69,6 +71,24 @@ class ShardWriter:
     def _write(self, content: bytes | memoryview) -> None:
         self._stream.write(content)
         self._hash.update(content)
+        self._written += len(content)
+        if self._written - self._durable >= SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        drop_from_cache(self._stream.fileno(), self._durable, self._written - self._durable)
+        self._durable = self._written
+
+
+def drop_from_cache(descriptor: int, start: int, nbytes: int) -> None:
+    """Let the system's cache go of a part of a file that is not read again soon.
+
+    Filling memory with 18 GB that pass once pushes everything else out, and on some machines costs more than the disk.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _bytes(array: np.ndarray) -> memoryview:
