@@ -172,6 +172,56 @@ def verify(
     run_verify(path, as_json)
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  iv3 parity ./InternVideo3-8B-Instruct --backends mlx,torch
+  iv3 parity ./InternVideo3-8B-Instruct ./iv3-4bit --plot 4bit.png --max-kl 0.05
+  iv3 parity DIR --dtype float32,bfloat16 --backends torch --json > report.json
+  iv3 parity DIR --video clip.mp4 --question "What happens?" --tokens 64"""
+)
+def parity(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference: a folder, or a Hugging Face id.")],
+    b: Annotated[str | None, typer.Argument(metavar="B", help="A second model of the same body.")] = None,
+    backends: Annotated[str | None, typer.Option(metavar="NAMES", help="mlx, torch or mlx,torch.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="float32, bfloat16 or float16, or several with commas.")
+    ] = None,
+    video: Annotated[str | None, typer.Option(metavar="FILE", help="A video or image to compare on.")] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="What to ask about it.")] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Greedy tokens to decode after the prompt.")] = 16,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Fail above this mean KL in nats.")] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail below this share of equal top tokens.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw error against depth.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object with all numbers.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare runs of a model layer by layer and name the layer at fault.
+
+    Every folder runs on every backend in every dtype, one at a time; all are compared with the first. By default one
+    folder runs on both backends, two folders on one, and what is read is a built-in clip, image and text.
+    """
+    if (video is None) != (question is None):
+        raise typer.BadParameter("--video and --question go together; give both or neither")
+    from agent.parity import run
+
+    run(
+        a,
+        b,
+        backends=backends.split(",") if backends else None,
+        dtypes=dtype.split(",") if dtype else None,
+        video=video,
+        question=question,
+        tokens=tokens,
+        max_kl=max_kl,
+        min_agreement=min_agreement,
+        plot=plot,
+        as_json=as_json,
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit 0, 2 for bad usage, 1 for a failed job, 130 for Ctrl-C. Errors are one line on stderr."""
     global _debug

@@ -19,7 +19,7 @@ from ivcore.sampling import Sampling
 
 BackendName = Literal["auto", "mlx", "torch"]
 Progress = Callable[[str, int, int], None]
-Observer = Callable[[str, np.ndarray], None]
+Observer = Callable[[str, np.ndarray], np.ndarray | None]
 
 
 class Cache(Protocol):
@@ -51,7 +51,9 @@ class Model(Protocol):
     def encode_groups(
         self, pixels: np.ndarray, grid_thw: np.ndarray, observe: Observer | None = None
     ) -> Iterator[tuple[Any, list[Any]]]: ...
-    def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray: ...
+    def logits(
+        self, inputs: ModelInputs, observe: Observer | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray: ...
     def prefill(
         self, inputs: ModelInputs, cache: Any, *, chunk: int | None = None, on_progress: Progress | None = None
     ) -> np.ndarray: ...

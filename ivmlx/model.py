@@ -8,6 +8,7 @@ Notable:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import mlx.nn as nn
 from ivcore.config import ModelConfig, TextConfig
 from ivmlx.attention import Step, build_attention
 from ivmlx.cache import Cache
-from ivmlx.vision import Observe, VisionTower
+from ivmlx.vision import Observe, VisionTower, unobserved
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+Run = Callable[[DecoderLayer, mx.array, Step, Cache, int], mx.array]
+
+
+def straight(layer: DecoderLayer, x: mx.array, step: Step, cache: Cache, index: int) -> mx.array:
+    """Go through a layer as it is."""
+    return layer(x, step, cache, index)
+
+
 class LanguageModel(nn.Module):
     def __init__(self, text: TextConfig) -> None:
         super().__init__()
@@ -65,21 +74,20 @@ class LanguageModel(nn.Module):
         step: Step,
         cache: Cache,
         visual: Visual | None = None,
-        observe: Observe | None = None,
+        observe: Observe = unobserved,
+        run: Run = straight,
     ) -> mx.array:
         """token_ids: (B, S) -> the last layer's output (B, S, hidden), before `norm`.
 
-        observe(name, array) sees `embeddings` and every layer's output before DeepStack adds to it.
+        observe(name, array) sees `embeddings` and every layer's output before DeepStack adds to it, and gives what to
+        go on with. run(layer, ...) goes through a layer: training may recompute it in the backward pass.
         """
         x = self.embed_tokens(token_ids)
         if visual is not None:
             x[:, visual.index] = visual.tokens.astype(x.dtype)
-        if observe:
-            observe("embeddings", x)
+        x = observe("embeddings", x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, step, cache, index)
-            if observe:
-                observe(f"layers.{index}", x)
+            x = observe(f"layers.{index}", run(layer, x, step, cache, index))
             if visual is not None and index < len(visual.deepstack):
                 x = x.at[:, visual.index].add(visual.deepstack[index].astype(x.dtype))
         return x
@@ -103,6 +111,9 @@ class Network(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Output of the last layer (..., hidden) -> float32 logits (..., vocab)."""
-        normed = self.model.language_model.norm(hidden)
+        return self.head(self.model.language_model.norm(hidden))
+
+    def head(self, normed: mx.array) -> mx.array:
+        """Output of the last norm (..., hidden) -> float32 logits (..., vocab)."""
         head = self.lm_head(normed) if "lm_head" in self else self.model.language_model.embed_tokens.as_linear(normed)
         return head.astype(mx.float32)

@@ -17,7 +17,12 @@ from ivcore.schedule import vision_query_block
 from ivmlx.attention import fused
 
 NORM_EPS = 1e-6
-Observe = Callable[[str, mx.array], None]
+Observe = Callable[[str, mx.array], mx.array]
+
+
+def unobserved(name: str, activation: mx.array) -> mx.array:
+    """The observer that sees nothing and changes nothing."""
+    return activation
 
 
 class PatchProjection(nn.Module):
@@ -120,13 +125,14 @@ class VisionTower(nn.Module):
         ]
 
     def __call__(
-        self, patches: mx.array, height: int, width: int, budget: int, observe: Observe | None = None
+        self, patches: mx.array, height: int, width: int, budget: int, observe: Observe = unobserved
     ) -> tuple[mx.array, list[mx.array]]:
         """Encode frames of height x width patches.
 
         patches: (frames, height * width, patch_dim), merge-block order. Returns the tokens (T, out_hidden) with
         T = frames * height * width / merge^2, and a DeepStack feature of that shape for each block the config lists.
-        observe(name, array) sees every block's output, the mergers' too.
+        observe(name, array) sees the embedded patches and every block's and merger's output, and gives what to go on
+        with.
         """
         config = self.config
         taps, tap_weights = position_taps(height, width, config.position_grid_side, config.spatial_merge_size)
@@ -135,19 +141,15 @@ class VisionTower(nn.Module):
         x = self.patch_embed.proj(patches.astype(self.patch_embed.proj.weight.dtype))
         weights = mx.array(tap_weights).astype(x.dtype)[..., None]
         x = x + (self.pos_embed(mx.array(taps)) * weights).sum(axis=0)
+        x = observe("visual.patch_embed", x)
         deepstack: dict[int, mx.array] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, budget)
-            if observe:
-                observe(f"visual.blocks.{index}", x.reshape(-1, x.shape[-1]))
+            x = observe(f"visual.blocks.{index}", block(x, cos, sin, budget))
             if index in config.deepstack_visual_indexes:
                 place = config.deepstack_visual_indexes.index(index)
-                deepstack[place] = self.deepstack_merger_list[place](x)
-                if observe:
-                    observe(f"visual.deepstack_merger_list.{place}", deepstack[place])
-        tokens = self.merger(x)
-        if observe:
-            observe("visual.merger", tokens)
+                feature = self.deepstack_merger_list[place](x)
+                deepstack[place] = observe(f"visual.deepstack_merger_list.{place}", feature)
+        tokens = observe("visual.merger", self.merger(x))
         return tokens, [deepstack[place] for place in sorted(deepstack)]
 
 

@@ -25,9 +25,12 @@ from ivcore.vision import Patches
 from ivtorch.attention import Form, Step
 from ivtorch.cache import Cache
 from ivtorch.model import Network, Visual
+from ivtorch.vision import Observe, unobserved
 
 Progress = Callable[[str, int, int], None]
-Observer = Callable[[str, np.ndarray], None]
+Observer = Callable[[str, np.ndarray], np.ndarray | None]
+HEAD_ROWS = 256
+"""Tokens whose logits are made at a time: of a vocabulary of 152k, 150 MB in float32."""
 
 
 class Model:
@@ -87,7 +90,7 @@ class Model:
         self, pixels: np.ndarray | Patches, grid_thw: np.ndarray, observe: Observer | None = None
     ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Tokens (T, hidden) and DeepStack features of one group of frames after the other, in the backend's arrays."""
-        watch = (lambda name, array: observe(name, _numpy(array))) if observe else None
+        watch = self._watch(observe)
         for group in frame_groups(self.config, grid_thw, self.memory_budget, self._itemsize):
             patches = self._tensor(np.asarray(pixels[group.start : group.stop], dtype=np.float32))
             patches = patches.reshape(group.frames, group.height * group.width, -1)
@@ -96,16 +99,31 @@ class Model:
             del patches, tokens, deepstack  # or they would lie beside the next group's activations
 
     @torch.inference_mode()
-    def logits(self, inputs: ModelInputs, observe: Observer | None = None) -> np.ndarray:
-        """Logits of every position, (S, vocab). observe(name, array) sees the activations of both towers.
+    def logits(
+        self, inputs: ModelInputs, observe: Observer | None = None, positions: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits of every position, (S, vocab), or of `positions` (K,) alone, (K, vocab).
 
-        Names: `visual.blocks.i`, `visual.deepstack_merger_list.j`, `visual.merger` (once a group of frames),
-        `embeddings`, `layers.i` (before DeepStack adds to it), (S, hidden). An observed prompt is not
-        cut into chunks.
+        observe(name, rows) sees the activations of both towers, portion by portion, rows (patches or tokens, width);
+        an array that it gives back takes the place of the activation for all that follows. Names, in causal order:
+        `visual.patch_embed` (with position embeddings), `visual.blocks.i`, `visual.deepstack_merger_list.j`,
+        `visual.merger`, `embeddings`, `layers.i` (before DeepStack adds to it), `norm`, `logits`.
         """
-        chunk = len(inputs.token_ids) or None if observe else None
-        parts = self._run(inputs, self.new_cache(), chunk, None, observe)
-        return np.concatenate([_numpy(self.network.logits(hidden)[0]) for hidden in parts])
+        count = len(inputs.token_ids)
+        places = np.arange(count) if positions is None else np.asarray(positions)
+        if not np.isin(places, np.arange(count)).all():
+            raise BackendError(f"positions must lie in the prompt, 0 to {count - 1}.")
+        out = np.empty((len(places), self.config.text.vocab_size), np.float32)
+        watch = self._watch(observe)
+        start = 0
+        for hidden in self._run(inputs, self.new_cache(), None, None, observe):
+            normed = watch("norm", self.network.model.language_model.norm(hidden))[0]
+            inside = np.flatnonzero((start <= places) & (places < start + len(normed)))
+            for first in range(0, len(inside), HEAD_ROWS):
+                block = inside[first : first + HEAD_ROWS]
+                out[block] = _numpy(watch("logits", self.network.head(normed[self._tensor(places[block] - start)])))
+            start += len(normed)
+        return out
 
     @torch.inference_mode()
     def prefill(
@@ -201,7 +219,7 @@ class Model:
         step = Step(
             self._tensor(cos), self._tensor(sin), cache.length, cache.room, self.memory_budget, self.form
         )  # fmt: skip
-        watch = (lambda name, array: observe(name, _numpy(array[0]))) if observe else None
+        watch = self._watch(observe)
         hidden = self.network.model.language_model(self._tensor(token_ids)[None], step, cache, visual, watch)
         cache.commit(positions)
         return hidden
@@ -232,6 +250,17 @@ class Model:
             return Visual(self._tensor(index), tokens, deepstack)
 
         return take
+
+    def _watch(self, observe: Observer | None) -> Observe:
+        """The network's observer that an observer of NumPy rows makes."""
+        if observe is None:
+            return unobserved
+
+        def watch(name: str, activation: torch.Tensor) -> torch.Tensor:
+            seen = observe(name, _numpy(activation).reshape(-1, activation.shape[-1]))
+            return activation if seen is None else self._tensor(seen).to(activation.dtype).reshape(activation.shape)
+
+        return watch
 
     @property
     def _itemsize(self) -> int:

@@ -8,6 +8,7 @@ Notable:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from ivcore.config import ModelConfig, TextConfig
 from ivtorch.attention import Step, build_attention
 from ivtorch.cache import Cache
-from ivtorch.vision import Observe, VisionTower
+from ivtorch.vision import Observe, VisionTower, unobserved
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+Run = Callable[[DecoderLayer, torch.Tensor, Step, Cache, int], torch.Tensor]
+
+
+def straight(layer: DecoderLayer, x: torch.Tensor, step: Step, cache: Cache, index: int) -> torch.Tensor:
+    """Go through a layer as it is."""
+    return layer(x, step, cache, index)
+
+
 class LanguageModel(nn.Module):
     def __init__(self, text: TextConfig) -> None:
         super().__init__()
@@ -66,21 +75,20 @@ class LanguageModel(nn.Module):
         step: Step,
         cache: Cache,
         visual: Visual | None = None,
-        observe: Observe | None = None,
+        observe: Observe = unobserved,
+        run: Run = straight,
     ) -> torch.Tensor:
         """token_ids: (B, S) -> the last layer's output (B, S, hidden), before `norm`.
 
-        observe(name, array) sees `embeddings` and every layer's output before DeepStack adds to it.
+        observe(name, array) sees `embeddings` and every layer's output before DeepStack adds to it, and gives what to
+        go on with. run(layer, ...) goes through a layer: training may recompute it in the backward pass.
         """
         x = self.embed_tokens(token_ids)
         if visual is not None:
             x[:, visual.index] = visual.tokens.to(x.dtype)
-        if observe:
-            observe("embeddings", x)
+        x = observe("embeddings", x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, step, cache, index)
-            if observe:
-                observe(f"layers.{index}", x)
+            x = observe(f"layers.{index}", run(layer, x, step, cache, index))
             if visual is not None and index < len(visual.deepstack):
                 x = x.index_add(1, visual.index, visual.deepstack[index].to(x.dtype)[None])
         return x
@@ -104,7 +112,10 @@ class Network(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output of the last layer (..., hidden) -> float32 logits (..., vocab)."""
-        normed = self.model.language_model.norm(hidden)
+        return self.head(self.model.language_model.norm(hidden))
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Output of the last norm (..., hidden) -> float32 logits (..., vocab)."""
         tied = self.model.language_model.embed_tokens.weight
         head = self.lm_head(normed) if "lm_head" in self._modules else F.linear(normed, tied)
         return head.float()

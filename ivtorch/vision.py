@@ -18,7 +18,12 @@ from ivcore.schedule import vision_query_block
 from ivtorch.attention import fused
 
 NORM_EPS = 1e-6
-Observe = Callable[[str, torch.Tensor], None]
+Observe = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def unobserved(name: str, activation: torch.Tensor) -> torch.Tensor:
+    """The observer that sees nothing and changes nothing."""
+    return activation
 
 
 class PatchProjection(nn.Module):
@@ -121,13 +126,14 @@ class VisionTower(nn.Module):
         )
 
     def forward(
-        self, patches: torch.Tensor, height: int, width: int, budget: int, observe: Observe | None = None
+        self, patches: torch.Tensor, height: int, width: int, budget: int, observe: Observe = unobserved
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Encode frames of height x width patches.
 
         patches: (frames, height * width, patch_dim), merge-block order. Returns the tokens (T, out_hidden) with
         T = frames * height * width / merge^2, and a DeepStack feature of that shape for each block the config lists.
-        observe(name, array) sees every block's output, the mergers' too.
+        observe(name, array) sees the embedded patches and every block's and merger's output, and gives what to go on
+        with.
         """
         config = self.config
         taps, tap_weights = position_taps(height, width, config.position_grid_side, config.spatial_merge_size)
@@ -137,19 +143,15 @@ class VisionTower(nn.Module):
         x = self.patch_embed.proj(patches.to(self.patch_embed.proj.weight.dtype))
         weights = torch.from_numpy(tap_weights).to(device, x.dtype)[..., None]
         x = x + (self.pos_embed(torch.from_numpy(taps).to(device)) * weights).sum(dim=0)
+        x = observe("visual.patch_embed", x)
         deepstack: dict[int, torch.Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, budget)
-            if observe:
-                observe(f"visual.blocks.{index}", x.reshape(-1, x.shape[-1]))
+            x = observe(f"visual.blocks.{index}", block(x, cos, sin, budget))
             if index in config.deepstack_visual_indexes:
                 place = config.deepstack_visual_indexes.index(index)
-                deepstack[place] = self.deepstack_merger_list[place](x)
-                if observe:
-                    observe(f"visual.deepstack_merger_list.{place}", deepstack[place])
-        tokens = self.merger(x)
-        if observe:
-            observe("visual.merger", tokens)
+                feature = self.deepstack_merger_list[place](x)
+                deepstack[place] = observe(f"visual.deepstack_merger_list.{place}", feature)
+        tokens = observe("visual.merger", self.merger(x))
         return tokens, [deepstack[place] for place in sorted(deepstack)]
 
 

@@ -1,0 +1,80 @@
+"""`iv3 parity`: compare runs of a model, show the report, draw it, and hold it against the gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from convert.parity.compare import compare
+from convert.parity.plot import check_plotting, draw
+from convert.parity.report import ParityError
+
+
+def run(
+    a: str,
+    b: str | None,
+    *,
+    backends: Sequence[str] | None,
+    dtypes: Sequence[str] | None,
+    video: str | None,
+    question: str | None,
+    tokens: int,
+    max_kl: float | None,
+    min_agreement: float | None,
+    plot: str | None,
+    as_json: bool,
+) -> None:
+    """The report on stdout; at the end raises a ParityError that names every bound that a comparison misses."""
+    if plot:
+        check_plotting(plot)
+    with Display() as display:
+        report = compare(
+            a,
+            b,
+            backends=backends,
+            dtypes=dtypes,
+            video=video,
+            question=question,
+            tokens=tokens,
+            on_progress=display.show,
+        )
+    if as_json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1))
+    else:
+        from agent.parity_view import show
+
+        show(report)
+    if plot:
+        draw(report, plot)
+    if missed := report.misses(max_kl, min_agreement):
+        raise ParityError(f"{'; '.join(missed)}.")
+
+
+class Display:
+    """A bar on stderr for each thing that is done, while it is done; nothing where stderr is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, words: str, done: int, total: int) -> None:
+        """The `on_progress` of `compare`."""
+        if words not in self._tasks:
+            self._tasks[words] = self._progress.add_task(words, total=total)
+        self._progress.update(self._tasks[words], completed=done)
