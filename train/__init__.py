@@ -1,0 +1,1 @@
+"""What training shares: data, rewards, the stages and their recipes, the loop; a backend gives the step."""

@@ -1,0 +1,104 @@
+"""Clips and JSONL rows on disk: a function of split, numbers and shares, so what is already there is not made again.
+
+A row has the messages of a question and its answer in the form that `ask` and `build_inputs` take, the clip's path
+relative to the JSONL's folder, and what a verifiable reward needs: `choices` and the right one's index as `answer`, or
+a `span`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.toyworld.compose import KINDS, make_script
+from train.toyworld.questions import Question, ask
+from train.toyworld.render import write_clip
+from train.toyworld.script import SHORT_SECONDS, WORLD_VERSION, Script, Split, random_of, seeds
+from train.toyworld.subtitles import transcript
+
+# Without "before_after", the new kind of question to be learned later, "rare", which takes a long clip, and "absent".
+BASE_SHARES: Mapping[str, float] = {
+    "colour": 0.13,
+    "shape": 0.17,
+    "direction": 0.17,
+    "count": 0.13,
+    "order": 0.17,
+    "when": 0.17,
+    "said": 0.06,
+}
+LONG_SHARES: Mapping[str, float] = {**{kind: 0.9 * share for kind, share in BASE_SHARES.items()}, "rare": 0.1}
+
+
+def write_dataset(
+    folder: str | Path,
+    split: Split,
+    first: int,
+    count: int,
+    *,
+    shares: Mapping[str, float] = BASE_SHARES,
+    duration: float = SHORT_SECONDS,
+    workers: int = 1,
+) -> Path:
+    """Write clips number first..first+count of a split and their rows; returns the JSONL, `folder`/`split`.jsonl.
+
+    shares: of the kinds of question, in any unit. duration: of every clip, in seconds. workers: processes that render;
+        they are spawned, so the main module must be safe to import.
+    The JSONL is replaced when all clips are there; clips that an earlier call left are kept.
+    """
+    folder = Path(folder)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    make = partial(_write_row, folder, shares, duration)
+    if workers == 1:
+        rows = [make(seed) for seed in seeds(split, first, count)]
+    else:
+        # A forked child of a process with threads may hang.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(make, seeds(split, first, count), chunksize=16))
+    file = folder / f"{split}.jsonl"
+    partial_file = file.with_name(f"{file.name}.partial")
+    partial_file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    os.replace(partial_file, file)
+    return file
+
+
+def kind_of(seed: int, shares: Mapping[str, float]) -> str:
+    """The kind of question that a seed gets."""
+    weights = np.array(list(shares.values()), float)
+    if not set(shares) <= set(KINDS) or not weights.sum() > 0 or weights.min() < 0:
+        raise ValueError(f"{dict(shares)!r} are not shares of the kinds {KINDS}")
+    return str(random_of(seed, 2).choice(list(shares), p=weights / weights.sum()))
+
+
+def row(script: Script, question: Question, clip: str) -> dict[str, Any]:
+    """The JSONL's object for a question about a script whose clip is at the path `clip`.
+
+    What is to be read is quoted before the question. `evidence` is where the answer is to be seen or read.
+    """
+    text = f"Subtitles:\n{transcript(script.lines)}\n\n{question.text}" if question.read else question.text
+    content = [{"type": "video", "video": clip}, {"type": "text", "text": text}]
+    made: dict[str, Any] = {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}],
+        "kind": question.kind,
+    }
+    if question.choices:
+        made |= {"choices": question.choices, "answer": question.choices.index(question.answer)}
+    elif question.span is not None:
+        made["span"] = question.span
+    return {**made, "evidence": question.span, "duration": script.duration, "seed": script.seed}
+
+
+def _write_row(folder: Path, shares: Mapping[str, float], duration: float, seed: int) -> str:
+    """The row of a seed, its clip written unless it is there."""
+    script = make_script(seed, kind_of(seed, shares), duration)
+    clip = f"clips/v{WORLD_VERSION}-{seed:07}-{script.kind}-{script.duration:g}s.mp4"
+    if not (folder / clip).exists():
+        write_clip(folder / clip, script)
+    return json.dumps(row(script, ask(script), clip))
