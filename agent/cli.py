@@ -114,7 +114,9 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a Hugging Face id (owner/name@revision).")],
     target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write; both backends load it.")],
     bits: Annotated[int | None, typer.Option(help="Quantise to 4 or 8 bits (MLX's affine form).")] = None,
-    group_size: Annotated[int, typer.Option(help="32, 64 or 128 columns share a scale and a bias.")] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="32, 64 (the default) or 128 columns share a scale and a bias.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; as stored by default. Without --bits it dequantises.")
     ] = None,
@@ -137,8 +139,6 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Cast, quantise or dequantise weights, or merge an adapter, all or nothing."""
-    from pathlib import Path
-
     from agent.convert import convert as run_convert
     from agent.convert import parse_size
     from convert.plan import Options
@@ -149,7 +149,7 @@ def convert(
         dtype=dtype,
         keep=tuple(keep or ()),
         recipe=recipe,
-        adapter=Path(adapter) if adapter else None,
+        adapter=adapter,
         shard_bytes=parse_size(shard_size),
     )
     run_convert(source, target, options, dry_run=dry_run, resume=resume, force=force)

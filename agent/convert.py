@@ -12,15 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from agent.units import human_bytes
+from convert.place import Place
 from convert.plan import Options, Plan, make_plan, summarize
 from convert.run import convert as convert_checkpoint
 from convert.source import open_source
 from convert.verification import verify as verify_checkpoint
 from ivcore.errors import CheckpointError, ConfigError
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(?P<number>\d{1,12}(\.\d{1,12})?)\s*(?P<unit>[KMGT]?)(?P<binary>I?)B?", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -36,7 +38,8 @@ def convert(source: str, target: str, options: Options, *, dry_run: bool, resume
                 source, target, options, resume=resume, force=force, on_plan=planned.append, on_progress=on_progress
             )
     except KeyboardInterrupt:
-        print("iv3: the shards that were finished are kept; --resume goes on from them.", file=sys.stderr)
+        if (part := Place(target).part).exists():
+            print(f"iv3: the shards that were finished are in {part}; --resume goes on from them.", file=sys.stderr)
         raise
     if not planned:
         print(f"{target} is whole already.")
@@ -55,7 +58,7 @@ def verify(path: str, as_json: bool) -> None:
         print(json.dumps(found.to_dict(), indent=1))
     else:
         for problem in found.problems:
-            print(problem)
+            print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(problem)))
         if found.ok:
             shards = f"{found.shards} shards" if found.shards > 1 else "1 shard"
             what = f"{found.tensors} tensors in {shards}, {human_bytes(found.nbytes)}"
@@ -86,7 +89,7 @@ def _print_plan(plan: Plan) -> None:
     rows = summarize(plan)
     for row in rows:
         table.add_row(
-            str(row.tensors), row.kind, row.before, row.after, row.reason,
+            str(row.tensors), row.kind, row.before, row.after, Text(row.reason),
             human_bytes(row.nbytes_before), human_bytes(row.nbytes_after),
         )  # fmt: skip
     before, after = (sum(getattr(row, name) for row in rows) for name in ("nbytes_before", "nbytes_after"))

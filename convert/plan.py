@@ -32,11 +32,11 @@ class Options:
     """
 
     bits: int | None = None
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int | None = None
     dtype: str | None = None
     keep: tuple[str, ...] = ()
     recipe: str | None = None
-    adapter: Path | None = None
+    adapter: str | Path | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:
@@ -46,12 +46,16 @@ class Options:
             raise ConfigError(f"--bits {self.bits} and --recipe {self.recipe} exclude each other; give one of them.")
         if self.bits is not None and self.bits not in (2, 3, 4, 5, 6, 8):
             raise ConfigError(f"--bits {self.bits} cannot be packed; use 4 or 8.")
-        if self.group_size not in (32, 64, 128):
+        if self.group_size is not None and self.bits is None and self.recipe is None:
+            raise ConfigError("--group-size is of quantised groups, but nothing is quantised: add --bits or --recipe.")
+        if self.group_size not in (None, 32, 64, 128):
             raise ConfigError(f"--group-size {self.group_size} is not one of 32, 64, 128.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype} is not one of {', '.join(DTYPES)}.")
         if self.keep and self.bits is None and self.recipe is None:
             raise ConfigError("--keep says what is not quantised, but nothing is: add --bits or --recipe.")
+        if self.adapter == "":
+            raise ConfigError("--adapter has no value; name the folder of a LoRA adapter, or leave it out.")
         if self.shard_bytes < 1:
             raise ConfigError("--shard-size must be at least one byte.")
 
@@ -129,11 +133,15 @@ def make_plan(source: Source, options: Options) -> Plan:
     matrices = source.matrices()
     modules = [matrix.name.removesuffix(".weight") for matrix in matrices if matrix.name.endswith(".weight")]
     check_patterns(options.keep, modules)
-    adapter = Adapter.load(options.adapter) if options.adapter else None
+    adapter = Adapter.load(options.adapter) if options.adapter is not None else None
     if adapter:
         adapter.check({m.name.removesuffix(".weight"): m.shape for m in matrices if m.name.endswith(".weight")})
     policy = Policy(
-        options.bits, options.group_size, options.keep, options.recipe, source.config.text.num_hidden_layers
+        options.bits,
+        options.group_size or DEFAULT_GROUP_SIZE,
+        options.keep,
+        options.recipe,
+        source.config.text.num_hidden_layers,
     )
     jobs = {matrix.name: _job(matrix, options, policy, adapter) for matrix in matrices}
     shards = split({name: job.nbytes for name, job in jobs.items()}, options.shard_bytes)

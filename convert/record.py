@@ -5,7 +5,6 @@ Neither holds a time or a path, so that converting twice gives the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from ivcore.files import read_json
 
 RECORD = "conversion.json"
 FORMAT = 1
-BLOCK = 16 * 2**20
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -70,92 +69,99 @@ class Record:
 
 
 class Journal:
-    """What a conversion has finished, a line each, in the folder it writes to; one process at a time holds it."""
+    """What a conversion has finished, a line each, in the folder that it writes to."""
 
     NAME = "journal.jsonl"
 
-    def __init__(self, folder: Path, request: Mapping[str, Any], stamps: Mapping[str, int], *, fresh: bool) -> None:
-        """Open the folder's journal, or begin one. CheckpointError when another process has it, or it is of other work.
-
-        stamps: when each source shard was last written, in ns; not part of the request, which a copy must not change.
-        fresh: forget all that is in the folder.
-        """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.file = folder / self.NAME
         self.shards: dict[str, ShardRecord] = {}
         self.sources: dict[str, ShardRecord] = {}
-        self._stream: IO[bytes] = self.file.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.close()
-            raise CheckpointError(
-                f"Another process is writing {folder}; wait for it, or name another folder."
-            ) from None
-        try:
-            if fresh:
-                clear(folder)
-                self._stream.truncate(0)
-            self._read(dict(request), dict(stamps), folder)
-        except BaseException:
-            self._stream.close()
-            raise
 
-    def _read(self, request: dict[str, Any], stamps: dict[str, int], folder: Path) -> None:
-        self._stream.seek(0)
-        kept = 0
-        entries = []
-        for line in self._stream:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                break  # cut off by a kill; what follows was never promised
-            if not line.endswith(b"\n"):
-                entries.pop()
-                break
-            kept += len(line)
-        self._stream.truncate(kept)
-        self._stream.seek(kept)
+    @classmethod
+    def is_one(cls, file: Path) -> bool:
+        """Whether a file is a journal: its first line is a request, or it was stopped before that was written."""
+        if not file.is_file():
+            return False
+        with file.open("rb") as stream:
+            line = stream.readline()
+        return line.startswith(_BEGINNING[: len(line)])
+
+    def exists(self) -> bool:
+        """Whether something was begun that can be gone on with."""
+        return self.file.is_file() and bool(_entries(self.file)[0])
+
+    def begin(self, request: Mapping[str, Any], stamps: Mapping[str, int]) -> None:
+        """Go on with what is noted, or begin anew. CheckpointError where it is of other work.
+
+        stamps: when each source shard was last written, in ns; not part of the request, which a copy must not change.
+        """
+        entries, nbytes = _entries(self.file) if self.file.exists() else ([], 0)
         if not entries:
-            self._append({"request": request, "stamps": stamps})
+            self.file.unlink(missing_ok=True)
+            self._append({"request": dict(request), "stamps": dict(stamps)})
             return
-        check_same(entries[0].get("request"), request, folder)
-        if entries[0].get("stamps") != stamps:
+        check_same(entries[0]["request"], request, self.folder)
+        if entries[0]["stamps"] != dict(stamps):
             raise CheckpointError(
-                f"The source has been written to since {folder} was begun; use --force to start anew."
+                f"The source has been written to since {self.folder} was begun; use --force to start anew."
             )
         for entry in entries[1:]:
             known = self.shards if entry["what"] == "shard" else self.sources
             known[entry["name"]] = ShardRecord(entry["sha256"], entry["nbytes"], entry["tensors"])
+        os.truncate(self.file, nbytes)
 
     def add_shard(self, name: str, shard: ShardRecord) -> None:
-        self.shards[name] = shard
         self._append({"what": "shard", "name": name, **asdict(shard)})
+        self.shards[name] = shard
 
     def add_source(self, name: str, shard: ShardRecord) -> None:
-        self.sources[name] = shard
         self._append({"what": "source", "name": name, **asdict(shard)})
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(entry).encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        self.sources[name] = shard
 
     def remove(self) -> None:
-        """End it: everything that it promised is in the record, or is forgotten."""
+        """End it: everything that it promised is in the record."""
         self.file.unlink()
 
-    def __enter__(self) -> Journal:
-        return self
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        # Unbuffered: on a full disk nothing may be left over that closing the file tries to write again.
+        with self.file.open("ab", buffering=0) as stream:
+            line = memoryview(json.dumps(entry).encode() + b"\n")
+            while line:
+                line = line[stream.write(line) :]
+            os.fsync(stream.fileno())
 
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
+
+def _entries(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a journal up to one that a kill cut off, and the bytes that they take.
+
+    CheckpointError for a line that is whole and not a journal's.
+    """
+    entries: list[dict[str, Any]] = []
+    nbytes = 0
+    with file.open("rb") as stream:
+        for line in stream:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            fields = _NOTE if entries else _REQUEST
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in fields.items()):
+                raise CheckpointError(
+                    f"{file} has a line that no conversion has written; start anew with --force, or move "
+                    f"{file.parent} elsewhere."
+                )
+            entries.append(entry)
+            nbytes += len(line)
+    return entries, nbytes
 
 
-def clear(folder: Path) -> None:
-    """Remove the files of an unfinished conversion but the journal, which tells what the folder is."""
-    for file in folder.iterdir():
-        if file.name != Journal.NAME:
-            file.unlink()
+_BEGINNING = b'{"request": {'
+_REQUEST = {"request": dict, "stamps": dict}
+_NOTE = {"what": str, "name": str, "sha256": str, "nbytes": int, "tensors": dict}
 
 
 def request_of(plan: Plan) -> dict[str, Any]:
@@ -167,7 +173,10 @@ def request_of(plan: Plan) -> dict[str, Any]:
         with file.open("rb") as stream:
             size = stream.read(8)
             header = size + stream.read(int.from_bytes(size, "little"))
-        inputs[file.name] = {"nbytes": file.stat().st_size, "header_sha256": hashlib.sha256(header).hexdigest()}
+        inputs[file.name] = {
+            "nbytes": plan.source.stats[file].st_size,
+            "header_sha256": hashlib.sha256(header).hexdigest(),
+        }
     adapter = {file.name: sha256_of(file) for file in plan.adapter.files} if plan.adapter else None
     return {
         "source": plan.source.label,
@@ -217,7 +226,7 @@ def write_beside(file: Path, content: bytes) -> str:
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ Notable:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Source:
     config: ModelConfig
     checkpoint: Checkpoint
     spans: dict[str, tuple[int, int]]
+    stats: dict[Path, os.stat_result]
     side_files: tuple[Path, ...]
 
     @property
@@ -70,6 +72,12 @@ class Source:
                 found.append(Matrix(name, specs[name].shape, specs[name].dtype, None, (name,)))
             elif kind == "weight":
                 form = Form(*setting)
+                biases = specs[f"{module}.biases"]
+                if biases.dtype != scales.dtype or scales.dtype not in FLOATS:
+                    raise CheckpointError(
+                        f"{self.path}: {module}.scales is {scales.dtype} and {module}.biases {biases.dtype}, which "
+                        "cannot be read; both must be F32, or F16, or BF16."
+                    )
                 shape = (scales.shape[0], scales.shape[1] * form.group_size)
                 stored = (name, f"{module}.scales", f"{module}.biases")
                 found.append(Matrix(name, shape, scales.dtype, form, stored))
@@ -92,17 +100,20 @@ def open_source(model: str | Path) -> Source:
         {file for pattern in SIDE_FILES for file in path.glob(pattern)
          if file.is_file() and file.name not in OWN_FILES and not file.name.endswith(".index.json")}
     )  # fmt: skip
+    if dangling := [file for pattern in SIDE_FILES for file in path.glob(pattern) if not file.exists()]:
+        raise CheckpointError(f"{dangling[0]} is a link to a file that is not there; fetch the folder again.")
     for file in (path / "config.json", *set(checkpoint.files.values()), *side_files):
         _refuse_link(file, path)
     _refuse_dtypes(checkpoint.specs, path)
     config = ModelConfig.from_dict(raw, shapes=checkpoint.shapes(), source=str(path / "config.json"))
     check_specs(checkpoint.specs, config, str(path), floats=READABLE)
-    spans = {}
+    spans, stats = {}, {}
     for file in set(checkpoint.files.values()):
         spans.update(read_spans(file))
+        stats[file] = file.stat()
     label = str(model).partition("@")[0] if is_id else path.resolve().name
     revision = path.name if is_id else None
-    return Source(label, revision, path, raw, config, checkpoint, spans, tuple(side_files))
+    return Source(label, revision, path, raw, config, checkpoint, spans, stats, tuple(side_files))
 
 
 def _refuse_link(file: Path, folder: Path) -> None:

@@ -64,7 +64,7 @@ class Conversion:
         Raises CheckpointError for NaN, infinity and values beyond the dtype, naming file and tensor, or OSError; the
         shards finished until then stay.
         """
-        total = sum(file.stat().st_size for file in self.plan.source.shards)
+        total = sum(stat.st_size for stat in self.plan.source.stats.values())
         done = 0
         pending: deque[tuple[int, Future[None]]] = deque()
         pool, hashing, writing = (ThreadPoolExecutor(threads) for threads in (WORKERS, 1, 1))
@@ -102,7 +102,7 @@ class Conversion:
                 if self.plan.source.checkpoint.files[job.matrix.name] == file
                 and self._shard_of[job.matrix.name] not in self.journal.shards
             }
-            size = file.stat().st_size
+            size = self.plan.source.stats[file].st_size
             known = file.name in self.journal.sources
             if known and not wanted:
                 yield size, _done()
@@ -144,6 +144,8 @@ def convert_block(block: Block, adapter: Adapter | None, file: Path) -> Parts:
     """The tensors that a block's rows become; CheckpointError for NaN, infinity and what the dtype cannot hold."""
     job, matrix = block.job, block.job.matrix
     if job.copies and matrix.form:
+        if not all(finite(part, matrix.dtype) for part in block.stored[1:]):
+            raise CheckpointError(f"{file}: the scales or biases of {matrix.name} hold NaN or infinity; get it again.")
         return block.stored
     stored = block.stored[0]
     if matrix.form:
@@ -169,8 +171,12 @@ def _read(
 ) -> Iterator[tuple[np.ndarray, Block | None]]:
     """A file's bytes from first to last as (bytes, the block that they are, None where no job wants them)."""
     names = sorted((name for name in spans if checkpoint.files[name] == file), key=lambda name: spans[name])
-    with file.open("rb", buffering=0) as stream:
-        start = spans[names[0]][0] if names else file.stat().st_size
+    try:
+        opened = file.open("rb", buffering=0)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    with opened as stream:
+        start = spans[names[0]][0] if names else os.fstat(opened.fileno()).st_size
         for content in _pieces(stream, file, start):
             yield content, None
         for name in names:
@@ -183,7 +189,10 @@ def _read(
             spec = checkpoint.specs[name]
             row_bytes = max(spec.nbytes // spec.shape[0], 1)
             step = max(BLOCK_BYTES // row_bytes, 1)
-            groups = [checkpoint.read(stored) for stored in job.matrix.stored[1:]]
+            try:
+                groups = [checkpoint.read(stored) for stored in job.matrix.stored[1:]]
+            except OSError as error:
+                raise _unreadable(file, error) from None
             for first in range(0, spec.shape[0], step):
                 rows = slice(first, min(first + step, spec.shape[0]))
                 content = _exactly(stream, file, (rows.stop - rows.start) * row_bytes)
@@ -203,12 +212,19 @@ def _exactly(stream: FileIO, file: Path, nbytes: int) -> np.ndarray:
     content = np.empty(nbytes, np.uint8)
     view = content.data
     while view:
-        count = stream.readinto(view)
+        try:
+            count = stream.readinto(view)
+        except OSError as error:
+            raise _unreadable(file, error) from None
         if not count:
             raise CheckpointError(f"{file} ended while it was read; download it again.")
         view = view[count:]
     drop_from_cache(stream.fileno(), stream.tell() - nbytes, nbytes)
     return content
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read ({error.strerror}); check the source and convert again.")
 
 
 def _done() -> Future[None]:

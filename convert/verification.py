@@ -63,7 +63,7 @@ def verify(path: str | Path, on_progress: Callable[[int, int], None] | None = No
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; name the folder of a checkpoint.")
-    present = {file.name for file in folder.glob("*.safetensors")}
+    present = {file.name for file in folder.glob("*.safetensors") if file.is_file()}
     if not present and not (folder / INDEX).exists() and not (folder / RECORD).exists():
         raise CheckpointError(f"There is no checkpoint in {folder}: neither weights nor an index.")
     return _Check(folder, present, on_progress).run()
@@ -87,16 +87,24 @@ class _Check:
         expected = named | (set(record.shards) if record else set())
         for name in sorted(expected - self.present):
             self._found("missing", name, None, f"named by {RECORD if record and name in record.shards else INDEX}")
-        if self.present and not named and not (self.folder / INDEX).exists():
+        for file in sorted(self.folder.glob("*.safetensors")):
+            if file.name not in self.present | expected:
+                self._found("extra", file.name, None, "it is a link to nothing, or no file")
+        if self.present and not expected and not (self.folder / INDEX).exists():
             self._found("missing", INDEX, None, "nothing says which shards belong together")
-        for name in sorted(self.present - expected):
-            self._found("extra", name, None, "no index names it; it is not read")
+        known = set(record.shards) if record else expected
+        for name in sorted(self.present - known):
+            by = f"{RECORD} does not know it" if name in expected else "no index names it; it is not read"
+            self._found("extra", name, None, by)
+        expected &= known
         for name in sorted(expected & self.present):
             self._shard(name, record.shards.get(name) if record else None, weight_map)
         self._index(weight_map)
         if record:
             self._files(record)
-        self._manifest(complete=not any(problem.kind in ("missing", "truncated") for problem in self.problems))
+        # What the record finds wrong with a shard, the manifest would only say again.
+        if not self.problems or (record is None and all(problem.tensor for problem in self.problems)):
+            self._manifest()
         return Verification(
             str(self.folder), record is not None, len(expected & self.present), len(self.specs), self.total,
             tuple(self.problems),
@@ -134,7 +142,9 @@ class _Check:
         file = self.folder / name
         size = file.stat().st_size
         declared = _declared_size(file)
-        cut = next((whole for whole in (record and record.nbytes, declared) if whole and size < whole), None)
+        # A header that is whole says itself how long the file is; only of a cut one the record has to.
+        whole = declared or (record.nbytes if record else 0)
+        cut = whole if size < whole else None
         specs: dict[str, TensorSpec] = {}
         try:
             specs = read_header(file)
@@ -200,10 +210,8 @@ class _Check:
             elif sha256_of(file) != digest and not self._damaged(name):
                 self._found("altered", name, None, f"its bytes are not those of {RECORD}")
 
-    def _manifest(self, *, complete: bool) -> None:
-        """Tensors against the config; where shards are missing the manifest would only repeat it."""
-        if not complete or self._damaged("config.json"):
-            return
+    def _manifest(self) -> None:
+        """Tensors against the config."""
         try:
             shapes = {name: spec.shape for name, spec in self.specs.items()}
             file = self.folder / "config.json"

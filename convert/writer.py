@@ -88,7 +88,8 @@ def drop_from_cache(descriptor: int, start: int, nbytes: int) -> None:
     Filling memory with 18 GB that pass once pushes everything else out, and on some machines costs more than the disk.
     """
     if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # not on every file system
+            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -76,7 +76,10 @@ def describe(model: str | Path) -> Description:
 
 
 def _locate(model: str | Path) -> Path | ModelId:
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~ of somebody who is not there
+        path = Path(model)
     if path.is_dir():
         return path
     if path.exists():
