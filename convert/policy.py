@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from ivcore.errors import ConfigError
+from ivcore.patterns import matches
 
 VISION = "model.visual"
 LATENT_UP = "kv_b_proj"
@@ -88,11 +88,6 @@ class Policy:
             name in (*VALUE_MODULES, "down_proj") and _more_bits(_layer_of(module), self.layers)
         )
         return (recipe.high, f"{self.recipe}: sensitive") if sensitive else (recipe.low, "")
-
-
-def matches(module: str, pattern: str) -> bool:
-    """Whether a shell pattern names a module by any run of its dotted parts: `lm_head`, `layers.0`, `*_proj`."""
-    return fnmatchcase(f".{module}.", f"*.{pattern}.*")
 
 
 def check_patterns(patterns: Iterable[str], modules: Iterable[str]) -> None:

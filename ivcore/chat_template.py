@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
+from types import CodeType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -94,7 +96,8 @@ def render_template(
     or does not end within its bounds.
     """
     try:
-        compiled = _Sandbox().from_string(template)
+        sandbox = _Sandbox()
+        compiled = sandbox.template_class.from_code(sandbox, _compiled(template), sandbox.make_globals(None))
         return compiled.render(
             **(special_tokens or {}), messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
         )
@@ -106,6 +109,12 @@ def render_template(
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise PromptError(f"The chat template cannot render these messages: {reason}.") from None
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> CodeType:
+    """A template's code, which any sandbox can run: compiling takes longer than rendering."""
+    return _Sandbox().compile(template)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -23,3 +23,7 @@ class PromptError(IvError):
 
 class BackendError(IvError):
     """A backend that is not installed, or a request that it cannot carry out."""
+
+
+class TrainingError(IvError):
+    """Training data, settings or an adapter that cannot be trained with, or a step that went wrong."""

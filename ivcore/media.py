@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
+from ivcore import video
 from ivcore.errors import MediaError
 from ivcore.image import load_image
 from ivcore.inputs import Media
 from ivcore.messages import MediaItem
 from ivcore.processor import ProcessorConfig
-from ivcore.video import decode, probe, resize, sample_indices
+from ivcore.video import Clip, SizeRule, VideoInfo, resize, sample_indices
 from ivcore.vision import smart_resize_image, smart_resize_video
 
 Mode = Literal["uniform", "keyframes"]
@@ -22,6 +23,24 @@ Progress = Callable[[int, int], None]
 
 # The reference's assumption, too, where nobody says how fast an array of frames plays.
 DEFAULT_ARRAY_FPS = 24.0
+
+
+class Videos(Protocol):
+    """Who opens video files: `ivcore.video`, or a cache in front of it; see its functions."""
+
+    def probe(self, path: str | Path, /) -> VideoInfo: ...
+    def decode(
+        self,
+        path: str | Path,
+        /,
+        *,
+        fps: float,
+        min_frames: int,
+        max_frames: int,
+        size: SizeRule | None,
+        mode: Mode,
+        on_progress: Progress | None,
+    ) -> Clip: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,9 @@ class MediaLoader:
         frame_tokens: int | None = None,
         mode: Mode = "uniform",
         on_progress: Progress | None = None,
+        videos: Videos | None = None,
     ) -> None:
+        self._videos: Videos = videos or video
         self._config = config
         self._frame_tokens = frame_tokens
         self._mode = mode
@@ -63,7 +84,7 @@ class MediaLoader:
 
         check: called with the number of visual tokens known so far, whenever it grows; it raises to stop.
         """
-        surveys = [_survey(item) for item in items]
+        surveys = [self._survey(item) for item in items]
         tokens = [self._planned_tokens(item, survey) for item, survey in zip(items, surveys, strict=True)]
         check(sum(tokens))
         loaded = []
@@ -116,7 +137,7 @@ class MediaLoader:
             times = tuple(float(index / survey.fps) for index in indices)
             unsaid = f"{item.name} does not say its fps; taken as {survey.fps:g} frames per second."
             return LoadedMedia(frames, Media("video", item.name, times, () if item.fps else (unsaid,)))
-        clip = decode(
+        clip = self._videos.decode(
             _file(item),
             fps=self._config.fps,
             min_frames=self._config.min_frames,
@@ -128,19 +149,18 @@ class MediaLoader:
         )
         return LoadedMedia(clip.frames, Media("video", item.name, clip.timestamps, clip.warnings))
 
-
-def _survey(item: MediaItem) -> _Survey | None:
-    """A video's numbers, None for an image; nothing but a file's index and first frame is read."""
-    if item.kind == "image":
-        return None
-    if isinstance(item.source, np.ndarray):
-        frames, height, width, _ = item.source.shape
-        return _Survey(frames, item.fps or DEFAULT_ARRAY_FPS, height, width)
-    info = probe(_file(item))
-    height, width = info.stored_height, info.stored_width
-    if info.rotation % 180:
-        height, width = width, height
-    return _Survey(info.frames, info.fps, height, width)
+    def _survey(self, item: MediaItem) -> _Survey | None:
+        """A video's numbers, None for an image; nothing but a file's index and first frame is read."""
+        if item.kind == "image":
+            return None
+        if isinstance(item.source, np.ndarray):
+            frames, height, width, _ = item.source.shape
+            return _Survey(frames, item.fps or DEFAULT_ARRAY_FPS, height, width)
+        info = self._videos.probe(_file(item))
+        height, width = info.stored_height, info.stored_width
+        if info.rotation % 180:
+            height, width = width, height
+        return _Survey(info.frames, info.fps, height, width)
 
 
 def _file(item: MediaItem) -> Path:

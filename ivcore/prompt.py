@@ -19,7 +19,7 @@ import numpy as np
 from ivcore.errors import ConfigError, PromptError
 from ivcore.files import read_json
 from ivcore.inputs import ModelInputs
-from ivcore.media import LoadedMedia, MediaLoader, Mode, Progress
+from ivcore.media import LoadedMedia, MediaLoader, Mode, Progress, Videos
 from ivcore.messages import MediaItem, read_messages
 from ivcore.processor import ProcessorConfig
 from ivcore.tokenizer import Piece, Tokenizer
@@ -39,6 +39,7 @@ def build_inputs(
     add_generation_prompt: bool = True,
     context_length: int | None = None,
     on_progress: Progress | None = None,
+    videos: Videos | None = None,
 ) -> ModelInputs:
     """The prompt that messages make: token ids, `Patches`, and where each medium came from.
 
@@ -47,6 +48,7 @@ def build_inputs(
     fps, min_frames, max_frames: how videos are sampled; None is what the checkpoint says.
     frame_tokens: the most tokens that a temporal patch of video, or an image, may cost.
     mode, on_progress: see `ivcore.video.decode`.
+    videos: who probes and decodes files, such as a cache; `ivcore.video` by default.
     context_length: the most tokens of a prompt; None is the checkpoint's max_position_embeddings, where it says so.
 
     Raises PromptError (messages, template, too many tokens), MediaError (files) or ConfigError (the checkpoint).
@@ -67,7 +69,8 @@ def build_inputs(
     def check(visual_tokens: int) -> None:
         _check_context(text_tokens + visual_tokens, context, media=True, exact=False)
 
-    loaded = MediaLoader(config, frame_tokens=frame_tokens, mode=mode, on_progress=on_progress).load(items, check)
+    loader = MediaLoader(config, frame_tokens=frame_tokens, mode=mode, on_progress=on_progress, videos=videos)
+    loaded = loader.load(items, check)
     runs = [_runs(each, config) for each in loaded]
     token_ids = np.array(tokenizer.encode_pieces(_join_text(vision.expand(pieces, runs))), np.int32)
     _check_context(len(token_ids), context, media=bool(items))

@@ -53,10 +53,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-Run = Callable[[DecoderLayer, mx.array, Step, Cache, int], mx.array]
+Run = Callable[[nn.Module, mx.array, Step, Cache, int], mx.array]
 
 
-def straight(layer: DecoderLayer, x: mx.array, step: Step, cache: Cache, index: int) -> mx.array:
+def straight(layer: nn.Module, x: mx.array, step: Step, cache: Cache, index: int) -> mx.array:
     """Go through a layer as it is."""
     return layer(x, step, cache, index)
 

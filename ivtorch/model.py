@@ -54,10 +54,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-Run = Callable[[DecoderLayer, torch.Tensor, Step, Cache, int], torch.Tensor]
+Run = Callable[[nn.Module, torch.Tensor, Step, Cache, int], torch.Tensor]
 
 
-def straight(layer: DecoderLayer, x: torch.Tensor, step: Step, cache: Cache, index: int) -> torch.Tensor:
+def straight(layer: nn.Module, x: torch.Tensor, step: Step, cache: Cache, index: int) -> torch.Tensor:
     """Go through a layer as it is."""
     return layer(x, step, cache, index)
 
