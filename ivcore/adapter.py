@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's file form, to be merged into the weights it was trained on.
+"""A LoRA adapter in PEFT's file form: read, to be merged into its model's weights or to run beside them, and written.
 
 Notable:
 - The names of modules are our checkpoints' own; PEFT puts `base_model.model.` before them.
@@ -12,9 +12,12 @@ Source: LoRA, arXiv 2106.09685; its scale with `use_rslora`, arXiv 2312.03732; f
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ import numpy as np
 from ivcore.errors import CheckpointError, ConfigError
 from ivcore.files import read_json
 from ivcore.floats import finite, widen
-from ivcore.shards import FLOATS, STORED_AS, TensorSpec, read_header, read_spans
+from ivcore.shards import FLOATS, STORED_AS, TensorSpec, header_bytes, read_header, read_spans
+from ivcore.training import LoraSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -113,6 +117,58 @@ class Adapter:
         gain = widen(update.b[rows], update.b_dtype) @ widen(update.a, update.a_dtype)
         gain *= np.float32(update.scale)
         return gain
+
+    def factors(self, module: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """A module's A (rank, in) and B (out, rank) in float32, and the scale of their product."""
+        update = self._updates[module]
+        return widen(update.a, update.a_dtype), widen(update.b, update.b_dtype), update.scale
+
+
+def write_adapter(
+    path: str | Path, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], settings: LoraSettings
+) -> None:
+    """Write module -> float32 A (rank, in) and B (out, rank) as a folder that PEFT and `Adapter.load` read.
+
+    Both files are written beside and renamed when they are whole, the weights last: an adapter that was there before
+    stays until then. Raises CheckpointError when they cannot be written.
+    """
+    folder = Path(path)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "use_rslora": settings.rank_stabilized,
+        "lora_dropout": settings.dropout,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(factors),
+    }
+    tensors = {
+        f"{_PREFIX}{module}{end}": np.ascontiguousarray(factor)
+        for module in sorted(factors)
+        for end, factor in zip(_FACTORS, factors[module], strict=True)
+    }
+    specs = {name: TensorSpec(tensor.shape, "F32") for name, tensor in tensors.items()}
+    parts = {name: folder / f"{name}.part" for name in (CONFIG, WEIGHTS)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts[CONFIG].write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        with parts[WEIGHTS].open("wb") as stream:
+            stream.write(header_bytes(specs))
+            for tensor in tensors.values():
+                stream.write(tensor.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    except OSError as error:
+        raise CheckpointError(f"The adapter {folder} cannot be written ({error.strerror}); it is unchanged.") from None
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink()
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,30 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ivcore.geometry import AttentionGeometry
-from ivcore.schedule import key_block
+from ivcore.schedule import key_block, vision_query_block
 from ivmlx.cache import KeyValueCache, LatentCache
+from ivmlx.lora import LoraLinear
 
 Form = Literal["auto", "expanded", "absorbed"]
 FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
+
+    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups.
+    """
+
+    groups: list[mx.array]
+    back: mx.array
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,8 @@ class Step:
     """What every layer needs to know of the tokens that are going through.
 
     cos, sin: float32 (S, rope_dim / 2). offset: tokens in the cache before these. room: tokens to make place for.
-    budget: bytes of working memory. form: how M2LA attends; "auto" takes the cheaper one.
+    budget: bytes of working memory. form: how M2LA attends; "auto" takes the cheaper one. packing: the rows of a
+    training batch, which attend within themselves and leave nothing in the cache.
     """
 
     cos: mx.array
@@ -41,6 +55,7 @@ class Step:
     room: int
     budget: int
     form: Form = "auto"
+    packing: Packing | None = None
 
 
 def build_attention(geometry: AttentionGeometry, layer: int, eps: float) -> nn.Module:
@@ -67,30 +82,39 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = nn.RMSNorm(geometry.head_dim, eps=eps)
 
     def __call__(self, x: mx.array, step: Step, cache: KeyValueCache) -> mx.array:
-        """x: (B, S, hidden) -> (B, S, hidden); appends the keys and values to the cache."""
+        """x: (B, S, hidden) -> (B, S, hidden); appends keys and values to the cache, but for training."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.geometry.head_dim)
         queries = rotate(self.q_norm(self.q_proj(x).reshape(split)), step, self.geometry.rope_interleave)
         keys = rotate(self.k_norm(self.k_proj(x).reshape(split)), step, self.geometry.rope_interleave)
         queries, keys, values = (t.transpose(0, 2, 1, 3) for t in (queries, keys, self.v_proj(x).reshape(split)))
+        if step.packing is None:
+            attended = self._over_cache(queries, keys, values, step, cache)
+        else:
+            attended = attend_rows(queries, keys, values, step.packing, self.geometry.softmax_scale, step.budget)
+        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _over_cache(
+        self, queries: mx.array, keys: mx.array, values: mx.array, step: Step, cache: KeyValueCache
+    ) -> mx.array:
+        """queries: (B, H, S, d), keys, values: (B, G, S, d) -> (B, H, S, d)."""
+        batch, heads, length, _ = queries.shape
         cache.append(keys, values, step.offset, step.room)
         total = step.offset + length
         if fused(length, self.geometry.head_dim):
-            attended = mx.fast.scaled_dot_product_attention(
+            return mx.fast.scaled_dot_product_attention(
                 queries,
                 cache.keys.view(0, total),
                 cache.values.view(0, total),
                 scale=self.geometry.softmax_scale,
                 mask="causal" if length > 1 else None,
             )
-        else:
 
-            def fetch(start: int, stop: int) -> tuple[mx.array, mx.array]:
-                return cache.keys.view(start, stop), cache.values.view(start, stop)
+        def fetch(start: int, stop: int) -> tuple[mx.array, mx.array]:
+            return cache.keys.view(start, stop), cache.values.view(start, stop)
 
-            block = key_block(batch * queries.shape[1] * length, 0, step.budget, x.itemsize)
-            attended = attend(queries, fetch, total, self.geometry.softmax_scale, block)
-        return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        block = key_block(batch * heads * length, 0, step.budget, queries.itemsize)
+        return attend(queries, fetch, total, self.geometry.softmax_scale, block)
 
 
 class LatentAttention(nn.Module):
@@ -114,14 +138,18 @@ class LatentAttention(nn.Module):
         """x: (B, S, hidden) -> q_nope (B, S, H, dn), q_rope (B, S, H, R * dr), c | k_r (B, S, r + R * dr)."""
 
     def __call__(self, x: mx.array, step: Step, cache: LatentCache) -> mx.array:
-        """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache."""
+        """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache, but for training."""
         batch, length, _ = x.shape
         q_nope, q_rope, rows = self.project(x, step)
-        cache.append(rows, step.offset, step.room)
         q_nope, q_rope = q_nope.transpose(0, 2, 1, 3), q_rope.transpose(0, 2, 1, 3)
-        absorb = step.form == "absorbed" or (step.form == "auto" and length < self.absorbed_below)
-        form = self._absorbed if absorb else self._expanded
-        attended = form(q_nope, q_rope, cache, step)  # (B, H, S, dv)
+        if step.packing is None:
+            cache.append(rows, step.offset, step.room)
+            absorb = step.form == "absorbed" or (step.form == "auto" and length < self.absorbed_below)
+            form = self._absorbed if absorb else self._expanded
+            attended = form(q_nope, q_rope, cache, step)  # (B, H, S, dv)
+        else:
+            queries, scale = mx.concatenate([q_nope, q_rope], axis=-1), self.geometry.softmax_scale
+            attended = attend_rows(queries, *self._rebuild(rows), step.packing, scale, step.budget)
         return self.o_proj(attended.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
     def _expanded(self, q_nope: mx.array, q_rope: mx.array, cache: LatentCache, step: Step) -> mx.array:
@@ -129,20 +157,22 @@ class LatentAttention(nn.Module):
         batch, heads, length, _ = q_nope.shape
 
         def fetch(start: int, stop: int) -> tuple[mx.array, mx.array]:
-            rows = cache.rows.view(start, stop)
-            rebuilt = self.kv_b_proj(rows[..., : self.rank]).reshape(batch, stop - start, heads, -1)
-            rebuilt = rebuilt.transpose(0, 2, 1, 3)  # (B, H, block, dn + dv)
-            shared = mx.broadcast_to(
-                rows[:, None, :, self.rank :], (batch, heads, stop - start, rows.shape[-1] - self.rank)
-            )
-            return mx.concatenate([rebuilt[..., : geometry.nope_dim], shared], axis=-1), rebuilt[
-                ..., geometry.nope_dim :
-            ]
+            return self._rebuild(cache.rows.view(start, stop))
 
         queries = mx.concatenate([q_nope, q_rope], axis=-1)
         key_numbers = batch * heads * (queries.shape[-1] + geometry.v_dim)
         block = key_block(batch * heads * length, key_numbers, step.budget, queries.itemsize)
         return attend(queries, fetch, step.offset + length, geometry.softmax_scale, block)
+
+    def _rebuild(self, rows: mx.array) -> tuple[mx.array, mx.array]:
+        """c | k_r (B, n, r + R * dr) -> keys (B, H, n, dn + R * dr), values (B, H, n, dv)."""
+        batch, length, _ = rows.shape
+        heads, nope_dim = self.geometry.num_heads, self.geometry.nope_dim
+        rebuilt = self.kv_b_proj(rows[..., : self.rank]).reshape(batch, length, heads, -1)
+        rebuilt = rebuilt.transpose(0, 2, 1, 3)  # (B, H, n, dn + dv)
+        shared = rows[:, None, :, self.rank :]
+        shared = mx.broadcast_to(shared, (batch, heads, length, shared.shape[-1]))
+        return mx.concatenate([rebuilt[..., :nope_dim], shared], axis=-1), rebuilt[..., nope_dim:]
 
     def _absorbed(self, q_nope: mx.array, q_rope: mx.array, cache: LatentCache, step: Step) -> mx.array:
         geometry = self.geometry
@@ -263,8 +293,35 @@ def attend(
     return (out / norm).astype(queries.dtype).reshape(batch, heads, length, -1)
 
 
+def attend_rows(
+    queries: mx.array, keys: mx.array, values: mx.array, packing: Packing, scale: float, budget: int
+) -> mx.array:
+    """Causal attention within every row of a packed batch.
+
+    queries: (1, H, S, D), keys: (1, G, S, D), values: (1, G, S, Dv), G a divisor of H. Returns (1, H, S, Dv).
+    MLX's gradient writes the scores: blocks of queries whose scores fit in `budget` are gone through one after the
+    other, and once more in the backward pass.
+    """
+    parts = []
+    for index in packing.groups:
+        q, k, v = (mx.take(each[0], index, axis=1).swapaxes(0, 1) for each in (queries, keys, values))
+        rows, heads, longest, _ = q.shape
+        block = vision_query_block(rows, heads, longest, budget)
+        whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal")
+        attend_to = whole if block >= longest else mx.checkpoint(whole)
+        attended = [
+            attend_to(q[:, :, stop - block : stop], k[:, :, :stop], v[:, :, :stop])
+            for stop in range(block, longest + block, block)
+        ]
+        joined = mx.concatenate(attended, axis=2)
+        parts.append(joined.swapaxes(0, 1).reshape(heads, rows * longest, -1))
+    return mx.take(mx.concatenate(parts, axis=1), packing.back, axis=1)[None]
+
+
 def dense_weight(linear: nn.Module) -> mx.array:
-    """The (out, in) matrix of a linear layer, dequantised where it is packed."""
+    """The (out, in) matrix of a linear layer, dequantised where it is packed, its LoRA included."""
+    if isinstance(linear, LoraLinear):
+        return dense_weight(linear.base) + linear.delta()
     if isinstance(linear, nn.QuantizedLinear):
         return mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
     return linear.weight

@@ -24,8 +24,20 @@ from torch.nn.attention.bias import causal_lower_right
 from ivcore.geometry import AttentionGeometry
 from ivcore.schedule import key_block
 from ivtorch.cache import KeyValueCache, LatentCache
+from ivtorch.lora import LoraLinear
 
 Form = Literal["auto", "expanded", "absorbed"]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
+
+    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups.
+    """
+
+    groups: list[torch.Tensor]
+    back: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,8 @@ class Step:
     """What every layer needs to know of the tokens that are going through.
 
     cos, sin: float32 (S, rope_dim / 2). offset: tokens in the cache before these. room: tokens to make place for.
-    budget: bytes of working memory. form: how M2LA attends; "auto" takes the cheaper one.
+    budget: bytes of working memory. form: how M2LA attends; "auto" takes the cheaper one. packing: the rows of a
+    training batch, which attend within themselves and leave nothing in the cache.
     """
 
     cos: torch.Tensor
@@ -42,6 +55,7 @@ class Step:
     room: int
     budget: int
     form: Form = "auto"
+    packing: Packing | None = None
 
 
 def build_attention(geometry: AttentionGeometry, layer: int, eps: float) -> nn.Module:
@@ -68,16 +82,27 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = nn.RMSNorm(geometry.head_dim, eps=eps)
 
     def forward(self, x: torch.Tensor, step: Step, cache: KeyValueCache) -> torch.Tensor:
-        """x: (B, S, hidden) -> (B, S, hidden); appends the keys and values to the cache."""
+        """x: (B, S, hidden) -> (B, S, hidden); appends keys and values to the cache, but for training."""
         batch, length, _ = x.shape
         split = (batch, length, -1, self.geometry.head_dim)
         queries = rotate(self.q_norm(self.q_proj(x).reshape(split)), step, self.geometry.rope_interleave)
         keys = rotate(self.k_norm(self.k_proj(x).reshape(split)), step, self.geometry.rope_interleave)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, self.v_proj(x).reshape(split)))
+        if step.packing is None:
+            attended = self._over_cache(queries, keys, values, step, cache)
+        else:
+            attended = attend_rows(queries, keys, values, step.packing, self.geometry.softmax_scale)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+    def _over_cache(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step, cache: KeyValueCache
+    ) -> torch.Tensor:
+        """queries: (B, H, S, d), keys, values: (B, G, S, d) -> (B, H, S, d)."""
+        batch, heads, length, _ = queries.shape
         cache.append(keys, values, step.offset, step.room)
         total = step.offset + length
-        if fused(x.device):
-            attended = F.scaled_dot_product_attention(
+        if fused(queries.device):
+            return F.scaled_dot_product_attention(
                 queries,
                 cache.keys.view(0, total),
                 cache.values.view(0, total),
@@ -85,14 +110,12 @@ class GroupedQueryAttention(nn.Module):
                 attn_mask=causal_lower_right(length, total) if length > 1 else None,
                 enable_gqa=True,
             )
-        else:
 
-            def fetch(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-                return cache.keys.view(start, stop), cache.values.view(start, stop)
+        def fetch(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return cache.keys.view(start, stop), cache.values.view(start, stop)
 
-            block = key_block(batch * queries.shape[1] * length, 0, step.budget, x.itemsize)
-            attended = attend(queries, fetch, total, self.geometry.softmax_scale, block)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        block = key_block(batch * heads * length, 0, step.budget, queries.itemsize)
+        return attend(queries, fetch, total, self.geometry.softmax_scale, block)
 
 
 class LatentAttention(nn.Module):
@@ -116,14 +139,18 @@ class LatentAttention(nn.Module):
         """x: (B, S, hidden) -> q_nope (B, S, H, dn), q_rope (B, S, H, R * dr), c | k_r (B, S, r + R * dr)."""
 
     def forward(self, x: torch.Tensor, step: Step, cache: LatentCache) -> torch.Tensor:
-        """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache."""
+        """x: (B, S, hidden) -> (B, S, hidden); appends one row a token to the cache, but for training."""
         batch, length, _ = x.shape
         q_nope, q_rope, rows = self.project(x, step)
-        cache.append(rows, step.offset, step.room)
         q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)
-        absorb = step.form == "absorbed" or (step.form == "auto" and length < self.absorbed_below)
-        form = self._absorbed if absorb else self._expanded
-        attended = form(q_nope, q_rope, cache, step)  # (B, H, S, dv)
+        if step.packing is None:
+            cache.append(rows, step.offset, step.room)
+            absorb = step.form == "absorbed" or (step.form == "auto" and length < self.absorbed_below)
+            form = self._absorbed if absorb else self._expanded
+            attended = form(q_nope, q_rope, cache, step)  # (B, H, S, dv)
+        else:
+            queries, scale = torch.cat([q_nope, q_rope], dim=-1), self.geometry.softmax_scale
+            attended = attend_rows(queries, *self._rebuild(rows), step.packing, scale)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
 
     def _expanded(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: LatentCache, step: Step) -> torch.Tensor:
@@ -131,16 +158,21 @@ class LatentAttention(nn.Module):
         batch, heads, length, _ = q_nope.shape
 
         def fetch(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = cache.rows.view(start, stop)
-            rebuilt = self.kv_b_proj(rows[..., : self.rank]).reshape(batch, stop - start, heads, -1)
-            rebuilt = rebuilt.transpose(1, 2)  # (B, H, block, dn + dv)
-            shared = rows[:, None, :, self.rank :].expand(batch, heads, -1, -1)
-            return torch.cat([rebuilt[..., : geometry.nope_dim], shared], dim=-1), rebuilt[..., geometry.nope_dim :]
+            return self._rebuild(cache.rows.view(start, stop))
 
         queries = torch.cat([q_nope, q_rope], dim=-1)
         key_numbers = batch * heads * (queries.shape[-1] + geometry.v_dim)
         block = key_block(batch * heads * length, key_numbers, step.budget, queries.itemsize)
         return attend(queries, fetch, step.offset + length, geometry.softmax_scale, block)
+
+    def _rebuild(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c | k_r (B, n, r + R * dr) -> keys (B, H, n, dn + R * dr), values (B, H, n, dv)."""
+        batch, length, _ = rows.shape
+        heads, nope_dim = self.geometry.num_heads, self.geometry.nope_dim
+        rebuilt = self.kv_b_proj(rows[..., : self.rank]).reshape(batch, length, heads, -1)
+        rebuilt = rebuilt.transpose(1, 2)  # (B, H, n, dn + dv)
+        shared = rows[:, None, :, self.rank :].expand(batch, heads, -1, -1)
+        return torch.cat([rebuilt[..., :nope_dim], shared], dim=-1), rebuilt[..., nope_dim:]
 
     def _absorbed(self, q_nope: torch.Tensor, q_rope: torch.Tensor, cache: LatentCache, step: Step) -> torch.Tensor:
         geometry = self.geometry
@@ -262,8 +294,32 @@ def attend(
     return (out / norm).to(queries.dtype).reshape(batch, heads, length, -1)
 
 
-def dense_weight(linear: nn.Linear) -> torch.Tensor:
-    """The (out, in) matrix of a linear layer."""
+def attend_rows(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, packing: Packing, scale: float
+) -> torch.Tensor:
+    """Causal attention within every row of a packed batch, through PyTorch's fused kernels.
+
+    queries: (1, H, S, D), keys: (1, G, S, D), values: (1, G, S, Dv), G a divisor of H. Returns (1, H, S, Dv).
+    """
+    width = values.shape[-1]
+    widest = max(width, keys.shape[-1])
+    # The kernels that write no scores want one width; columns of zeros change nothing.
+    short = (widest - each.shape[-1] for each in (queries, keys, values))
+    padded = [F.pad(each, (0, by)) if by else each for each, by in zip((queries, keys, values), short, strict=True)]
+    parts = []
+    for index in packing.groups:
+        q, k, v = (
+            each[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1) for each in padded
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
+        parts.append(attended.transpose(0, 1).flatten(1, 2))  # (H, rows * longest, widest)
+    return torch.cat(parts, dim=1).index_select(1, packing.back)[None, ..., :width]
+
+
+def dense_weight(linear: nn.Linear | LoraLinear) -> torch.Tensor:
+    """The (out, in) matrix of a linear layer, its LoRA included."""
+    if isinstance(linear, LoraLinear):
+        return dense_weight(linear.base) + linear.delta()
     return linear.weight
 
 
