@@ -1,0 +1,190 @@
+"""The loop: phases of steps, the schedule, metrics, checkpoints; the same for every stage and both backends.
+
+Notable:
+- A checkpoint holds the Trainer's state and where the data stands; going on from it gives the very bytes of a run that
+  was never stopped, because nothing else is random.
+- A loss or a gradient that is not a number, or a gradient far beyond those before it, stops the run with the step and
+  the rows, before anything of it is saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+from ivcore.backend import BackendName, load
+from ivcore.errors import TrainingError
+from ivcore.hub import resolve
+from ivcore.prompt import build_inputs
+from ivcore.shards import write_checkpoint
+from ivcore.tokenizer import Tokenizer
+from train.clips import ClipCache
+from train.recipe import CptRecipe, Recipe, ResolvedPhase, SftRecipe
+from train.recipe_file import to_toml
+from train.rows import Rows, read_rows
+from train.run_folder import METRICS, RunFolder
+from train.samples import Framing, SampleBuilder
+from train.supervised import Supervised
+from train.trainer import Trainer, make_trainer
+
+EXPLOSION = 100.0
+"""A gradient of so many times the median norm of the steps before it stops the run."""
+
+KNOWN_NORMS, LEAST_NORMS = 100, 20
+"""Steps whose norms are remembered, and how many must be known to judge one."""
+
+Progress = Callable[[int, int, Mapping[str, Any]], None]
+
+
+class Stage(Protocol):
+    """What a stage does in a step, and where it stands."""
+
+    def step(self, trainer: Trainer) -> dict[str, float]: ...
+    def blame(self) -> str: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `iv3 train` is told. model: a folder or id; data: a file of rows; cache: a folder for decoded clips."""
+
+    recipe: Recipe
+    model: str
+    data: str
+    out: Path
+    backend: BackendName = "auto"
+    dtype: str | None = None
+    cache: Path | None = None
+
+
+def train(job: Job, *, resume: bool = False, on_progress: Progress | None = None) -> RunFolder:
+    """Run a stage to its end; returns the run's folder.
+
+    on_progress(step, steps, metrics) is called after every step. Raises ConfigError, TrainingError or CheckpointError
+    with one sentence.
+    """
+    recipe, folder, text = job.recipe, RunFolder(job.out), to_toml(job.recipe)
+    about = {"stage": recipe.stage, "model": str(job.model), "data": str(job.data)}
+    rows = read_rows(job.data, recipe.stage)
+    if not len(rows):
+        raise TrainingError(f"{job.data} has no row to train on: {rows.summary()}")
+    path = resolve(job.model)
+    tokenizer = Tokenizer.from_dir(path)
+    model = load(path, job.backend, job.dtype)
+    about["backend"] = model.backend
+    if resume:
+        folder.check_same(text, about)
+    else:
+        folder.begin(text, about)
+    return Loop(job, folder, rows, tokenizer, make_trainer(model, recipe), path).run(on_progress)
+
+
+class Loop:
+    """One run from where its folder stands to its end."""
+
+    def __init__(
+        self, job: Job, folder: RunFolder, rows: Rows, tokenizer: Tokenizer, trainer: Trainer, base: Path
+    ) -> None:
+        self.job, self.folder, self.rows, self.trainer, self.base = job, folder, rows, trainer, base
+        self._tokenizer = tokenizer
+        limit = int(job.recipe.data.cache_gib * 2**30)
+        self._videos = ClipCache(job.cache or job.out / "clips", limit) if limit else None
+        self._norms: deque[float] = deque(maxlen=KNOWN_NORMS)
+
+    def run(self, on_progress: Progress | None) -> RunFolder:
+        recipe, steps, done = self.job.recipe, 0, 0
+        saved = self.folder.last()
+        if saved:
+            self.trainer.load_state(saved.state)
+            self._norms.extend(saved.position["norms"])
+            done = saved.step
+        phases = recipe.plan()
+        schedule = recipe.learning_rate.schedule(sum(phase.steps for phase in phases))
+        total = sum(phase.steps for phase in phases)
+        for number, phase in enumerate(phases):
+            first, steps = steps, steps + phase.steps
+            if done >= steps:
+                continue
+            stage = self._stage(phase, number)
+            if saved and saved.step > first:
+                stage.load_state(saved.position["data"])
+            for step in range(max(done, first) + 1, steps + 1):
+                metrics = self._step(stage, step, schedule(step - 1))
+                self.folder.log(METRICS, {"step": step, "phase": phase.name, **metrics})
+                if step == total or (recipe.save_every and step % recipe.save_every == 0):
+                    self._save(step, stage)
+                if on_progress:
+                    on_progress(step, total, metrics)
+        self._finish()
+        return self.folder
+
+    def _stage(self, phase: ResolvedPhase, number: int) -> Stage:
+        data, recipe = phase.data, self.job.recipe
+        framing = Framing(data.fps, data.min_frames, data.max_frames, data.frame_tokens, data.max_tokens)
+        builder = SampleBuilder(self._tokenizer, framing, partial(build_inputs, videos=self._videos))
+        if isinstance(recipe, CptRecipe | SftRecipe):
+            return Supervised(recipe, phase, self.rows, builder, recipe.seed + number)
+        raise TrainingError(f"The stage {recipe.stage} is not implemented yet; cpt and sft are.")
+
+    def _step(self, stage: Stage, step: int, learning_rate: float) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            metrics = stage.step(self.trainer)
+            norm = self._guarded_apply(learning_rate, stage)
+        except TrainingError as error:
+            last = self.folder.steps()
+            kept = f"the last good checkpoint is that of step {last[-1]}" if last else "there is no checkpoint yet"
+            raise TrainingError(f"Step {step} went wrong: {str(error).rstrip('.')}; {kept}.") from None
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
+            "learning_rate": learning_rate,
+            "gradient_norm": norm,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(metrics["tokens"] / seconds, 1),
+            "peak_bytes": self.trainer.model.peak_bytes(),
+        }
+
+    def _guarded_apply(self, learning_rate: float, stage: Stage) -> float:
+        try:
+            norm = self.trainer.apply(learning_rate, self.job.recipe.optimizer.max_norm)
+        except TrainingError as error:
+            raise TrainingError(f"{str(error).rstrip('.')} ({stage.blame()})") from None
+        if len(self._norms) >= LEAST_NORMS and norm > EXPLOSION * median(self._norms):
+            usual = median(self._norms)
+            raise TrainingError(f"the gradient of {stage.blame()} has norm {norm:.3g}, where {usual:.3g} is usual")
+        self._norms.append(norm)
+        return norm
+
+    def _save(self, step: int, stage: Stage) -> None:
+        def weights(folder: Path) -> None:
+            if self.trainer.lora is not None:
+                self.trainer.save_adapter(folder / "adapter")
+
+        position = {"data": stage.state(), "norms": list(self._norms)}
+        self.folder.save(step, self.trainer.state(), position, weights, self.job.recipe.keep)
+
+    def _finish(self) -> None:
+        """The result, where a user looks for it."""
+        if self.trainer.lora is not None:
+            self.trainer.save_adapter(self.folder.path / "adapter")
+        else:
+            write_model(self.trainer, self.base, self.folder.path / "model")
+        for rejected in self.rows.rejected:
+            self.folder.log("rejected.jsonl", rejected.__dict__)
+
+
+def write_model(trainer: Trainer, base: Path, folder: Path) -> None:
+    """A fully trained checkpoint, with the tokenizer and the configs of the one it began from."""
+    write_checkpoint(folder, trainer.model.config.to_dict(), trainer.specs(), trainer.tensors())
+    for pattern in ("*.json", "*.jinja", "*.txt"):
+        for file in base.glob(pattern):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
+                (folder / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,150 @@
+"""The folder of a run: its recipe, its metrics, and checkpoints from which it goes on.
+
+    recipe.toml                 the recipe with every value
+    run.json                    the model, the data, the backend: what `--resume` must find the same
+    metrics.jsonl               a line a step; evaluations.jsonl, a line an evaluation; rejected.jsonl, unusable rows
+    checkpoints/step-000100/    state.safetensors (weights, optimiser), position.json (data, step), adapter/
+    adapter/ or model/          the result, when the run is done
+
+A checkpoint is written beside and renamed, so the last good one survives a kill or a full disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ivcore.errors import ConfigError, TrainingError
+from ivcore.files import read_json
+
+RECIPE, RUN, METRICS, CHECKPOINTS = "recipe.toml", "run.json", "metrics.jsonl", "checkpoints"
+STATE, POSITION = "state.safetensors", "position.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: a Trainer's state, and where the data stood after `step` steps."""
+
+    step: int
+    state: dict[str, np.ndarray]
+    position: dict[str, Any]
+
+
+class RunFolder:
+    """One run's files; TrainingError with one sentence for a folder that cannot be used."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
+        """Make the folder of a new run."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise TrainingError(f"{self.path} exists already; go on with --resume, or name another folder.")
+        try:
+            (self.path / CHECKPOINTS).mkdir(parents=True)
+            self._write(RECIPE, recipe)
+            self._write(RUN, json.dumps(dict(about), indent=1) + "\n")
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written ({error.strerror}); check the path.") from None
+
+    def check_same(self, recipe: str, about: Mapping[str, Any]) -> None:
+        """Whether this run was begun with the same recipe, model and data; names the first difference."""
+        if not (self.path / RUN).exists():
+            raise TrainingError(f"{self.path} is not the folder of a run; leave --resume out to begin one.")
+        then = read_json(self.path / RUN)
+        for name, value in about.items():
+            if then.get(name) != value:
+                raise TrainingError(
+                    f"{self.path} was begun with {name} {then.get(name)!r}, not {value!r}; resume with the same."
+                )
+        before = (self.path / RECIPE).read_text(encoding="utf-8").splitlines()
+        if before != recipe.splitlines():
+            pairs = zip(before, [*recipe.splitlines(), *[""] * len(before)], strict=False)
+            was, now = next((pair for pair in pairs if pair[0] != pair[1]), ("", "more lines"))
+            raise TrainingError(f"{self.path} was begun with `{was}`, not `{now}`; resume with the same recipe.")
+
+    def log(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Append a line to a JSONL file; a number that is not finite is null."""
+        line = json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n"
+        with (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+    def save(
+        self, step: int, state: Mapping[str, np.ndarray], position: Mapping[str, Any], write_weights: Any, keep: int
+    ) -> None:
+        """Write a checkpoint and remove all but the last `keep`. write_weights(folder) adds what a user would load."""
+        folder = self._checkpoint(step)
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, part / STATE)
+            write_weights(part)
+            (part / POSITION).write_text(json.dumps({"step": step, **position}), encoding="utf-8")
+            _sync(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(part, folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            last = self.steps()
+            kept = f"the last good checkpoint is {self._checkpoint(last[-1]).name}" if last else "there is none before"
+            reason = getattr(error, "strerror", None) or error
+            raise TrainingError(f"The checkpoint of step {step} cannot be written ({reason}); {kept}.") from None
+        for old in self.steps()[:-keep]:
+            shutil.rmtree(self._checkpoint(old))
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are whole, ascending."""
+        folder = self.path / CHECKPOINTS
+        names = (file.parent.name for file in folder.glob(f"step-*/{POSITION}"))
+        return sorted(int(name.removeprefix("step-")) for name in names if not name.endswith(".part"))
+
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint; what was logged after it is forgotten, since it will be done again."""
+        steps = self.steps()
+        if not steps:
+            self._forget_after(0)
+            return None
+        folder = self._checkpoint(steps[-1])
+        try:
+            state, position = load_file(folder / STATE), read_json(folder / POSITION)
+        except (SafetensorError, ConfigError, OSError) as error:
+            raise TrainingError(
+                f"{folder} is damaged ({error}); remove it to go on from an earlier checkpoint."
+            ) from None
+        self._forget_after(steps[-1])
+        return Checkpoint(steps[-1], state, position)
+
+    def _forget_after(self, step: int) -> None:
+        for file in self.path.glob("*.jsonl"):
+            lines = file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+            self._write(file.name, "".join(f"{line}\n" for line in kept))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / CHECKPOINTS / f"step-{step:06d}"
+
+    def _write(self, name: str, text: str) -> None:
+        part = self.path / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / name)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
