@@ -146,7 +146,7 @@ def states(tmp_path_factory: pytest.TempPathFactory, run: Serve, source: Path) -
 
 
 def copies(folder: Path, run: Serve, source: Path, options: dict[str, Any] = OPTIONS, **job: Any) -> list[Path]:
-    """The states of a conversion to `folder`/work/out, which must succeed; the last is its end."""
+    """The states of a conversion to `out` in `folder`/work, which must succeed; the last is its end."""
     (folder / "work").mkdir(exist_ok=True)
     (folder / "states").mkdir()
     ended = run(source, folder / "work" / "out", options, copies=str(folder / "states"), **job)
