@@ -222,6 +222,36 @@ def parity(
     )
 
 
+@app.command(
+    epilog="""\b
+Examples:
+  iv3 train sft --recipe mac16-sft --model ./iv3-4bit --data rows.jsonl --out runs/first
+  iv3 train cpt --recipe my.toml -m DIR --data rows.jsonl --out runs/cpt --set learning_rate.peak=1e-5
+  iv3 train sft --recipe mac16-sft -m ./iv3-4bit --data rows.jsonl --out runs/first --resume"""
+)
+def train(
+    stage: Annotated[str, typer.Argument(help="cpt, sft, rl or distill.")],
+    recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that comes with iv3.")],
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL rows, an upstream meta file, or grounding annotations.")],
+    out: Annotated[str, typer.Option(help="The run's folder.")],
+    backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored by default.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a LoRA, or all weights, by a recipe."""
+    from agent.train import train as run_train
+
+    run_train(
+        stage, recipe, model, data, out,
+        backend=backend, dtype=dtype, overrides=list(overrides or ()), resume=resume,
+    )  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit 0, 2 for bad usage, 1 for a failed job, 130 for Ctrl-C. Errors are one line on stderr."""
     global _debug

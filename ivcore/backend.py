@@ -32,6 +32,7 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int: ...
     def trim(self, n: int) -> int: ...
+    def fork(self) -> Cache: ...
 
 
 class Model(Protocol):
@@ -66,6 +67,9 @@ class Model(Protocol):
         sampling: Sampling | None = None,
         cache: Any = None,
         on_progress: Progress | None = None,
+    ) -> Iterator[int]: ...
+    def continue_from(
+        self, logits: np.ndarray, cache: Any, *, max_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[int]: ...
 
 

@@ -4,9 +4,12 @@ Notable:
 - Storage grows in steps and is written in place; what was appended is never copied again inside a step.
 - A layer is written at a given offset, so a prefill that was interrupted half-way leaves nothing behind.
 - The model-level cache knows the next M-RoPE position after every token: going on after `trim` starts at the right one.
+- Forks share their rows until one of them appends; storage that is shared is never written to.
 """
 
 from __future__ import annotations
+
+from copy import copy
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +43,14 @@ class Buffer:
         assert self.array is not None
         return self.array[self._span(start, stop)]
 
+    def fork(self) -> Buffer:
+        """A buffer with the same rows; either copies them when it is next written to."""
+        other = copy(self)
+        if self.array is not None:
+            # A slice is another name for the value: writing to one replaces it there, and leaves the other's as it was.
+            other.array = self.array[:]
+        return other
+
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes."""
@@ -58,6 +69,11 @@ class LatentCache:
     def append(self, rows: mx.array, at: int, room: int) -> None:
         self.rows.write(rows, at, room)
 
+    def fork(self) -> LatentCache:
+        other = copy(self)
+        other.rows = self.rows.fork()
+        return other
+
     @property
     def buffers(self) -> list[Buffer]:
         return [self.rows]
@@ -72,6 +88,11 @@ class KeyValueCache:
     def append(self, keys: mx.array, values: mx.array, at: int, room: int) -> None:
         self.keys.write(keys, at, room)
         self.values.write(values, at, room)
+
+    def fork(self) -> KeyValueCache:
+        other = copy(self)
+        other.keys, other.values = self.keys.fork(), self.values.fork()
+        return other
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -117,6 +138,12 @@ class Cache:
         n = max(0, min(n, self.length))
         self._next_positions = self._next_positions[: self.length - n]
         return n
+
+    def fork(self) -> Cache:
+        """Another cache that holds the same; what is appended to one is not in the other."""
+        other = copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
 
     def arrays(self) -> list[mx.array]:
         """All storage, for `mx.eval`."""

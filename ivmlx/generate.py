@@ -160,8 +160,14 @@ class Model:
         Closing the iterator stops. With a `cache` of the caller's, all ids but the last one are in it afterwards.
         """
         cache = cache if cache is not None else self.new_cache()
-        sampler = Sampler(sampling)
         logits = self.prefill(inputs, cache, on_progress=on_progress)
+        yield from self.continue_from(logits, cache, max_tokens=max_tokens, sampling=sampling)
+
+    def continue_from(
+        self, logits: np.ndarray, cache: Cache, *, max_tokens: int = 512, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """As `generate`, from the logits (vocab,) that a prefill gave and its cache, or a fork of it."""
+        sampler = Sampler(sampling)
         generated: list[int] = []
         while len(generated) < max_tokens:
             generated.append(sampler(logits, generated))

@@ -4,9 +4,12 @@ Notable:
 - Storage grows in steps and is written in place; what was appended is never copied again inside a step.
 - A layer is written at a given offset, so a prefill that was interrupted half-way leaves nothing behind.
 - The model-level cache knows the next M-RoPE position after every token: going on after `trim` starts at the right one.
+- Forks share their rows until one of them appends; storage that is shared is never written to.
 """
 
 from __future__ import annotations
+
+from copy import copy
 
 import numpy as np
 import torch
@@ -23,22 +26,28 @@ class Buffer:
     def __init__(self, axis: int) -> None:
         self.axis = axis
         self.array: torch.Tensor | None = None
+        self._shared = False
 
     def write(self, new: torch.Tensor, at: int, room: int) -> None:
         """Put `new` at index `at`; `room`: the length to make place for when it must grow."""
         stop = at + new.shape[self.axis]
-        if self.array is None or self.array.shape[self.axis] < stop:
+        if self.array is None or self._shared or self.array.shape[self.axis] < stop:
             shape = list(new.shape)
             shape[self.axis] = max(room, stop + GROWTH)
             grown = new.new_empty(shape)
             if self.array is not None and at:
                 grown[self._span(0, at)] = self.array[self._span(0, at)]
-            self.array = grown
+            self.array, self._shared = grown, False
         self.array[self._span(at, stop)] = new
 
     def view(self, start: int, stop: int) -> torch.Tensor:
         assert self.array is not None
         return self.array[self._span(start, stop)]
+
+    def fork(self) -> Buffer:
+        """A buffer with the same rows; either copies them when it is next written to."""
+        self._shared = True
+        return copy(self)
 
     @property
     def token_bytes(self) -> int:
@@ -58,6 +67,11 @@ class LatentCache:
     def append(self, rows: torch.Tensor, at: int, room: int) -> None:
         self.rows.write(rows, at, room)
 
+    def fork(self) -> LatentCache:
+        other = copy(self)
+        other.rows = self.rows.fork()
+        return other
+
     @property
     def buffers(self) -> list[Buffer]:
         return [self.rows]
@@ -72,6 +86,11 @@ class KeyValueCache:
     def append(self, keys: torch.Tensor, values: torch.Tensor, at: int, room: int) -> None:
         self.keys.write(keys, at, room)
         self.values.write(values, at, room)
+
+    def fork(self) -> KeyValueCache:
+        other = copy(self)
+        other.keys, other.values = self.keys.fork(), self.values.fork()
+        return other
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -117,6 +136,12 @@ class Cache:
         n = max(0, min(n, self.length))
         self._next_positions = self._next_positions[: self.length - n]
         return n
+
+    def fork(self) -> Cache:
+        """Another cache that holds the same; what is appended to one is not in the other."""
+        other = copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
 
     def _buffers(self) -> list[Buffer]:
         return [buffer for layer in self.layers for buffer in layer.buffers]

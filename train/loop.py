@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,13 +25,16 @@ from ivcore.prompt import build_inputs
 from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
-from train.recipe import CptRecipe, Recipe, ResolvedPhase, SftRecipe
+from train.distill import DistillStage, load_teacher, teacher_framing
+from train.recipe import CptRecipe, Recipe, ResolvedPhase, RlRecipe, SftRecipe
 from train.recipe_file import to_toml
+from train.rl import PolicyStage, load_reference
+from train.rollouts import prompt_budget
 from train.rows import Rows, read_rows
 from train.run_folder import METRICS, RunFolder
 from train.samples import Framing, SampleBuilder
 from train.supervised import Supervised
-from train.trainer import Trainer, make_trainer
+from train.trainer import Trainer, Update, make_trainer
 
 EXPLOSION = 100.0
 """A gradient of so many times the median norm of the steps before it stops the run."""
@@ -45,7 +48,7 @@ Progress = Callable[[int, int, Mapping[str, Any]], None]
 class Stage(Protocol):
     """What a stage does in a step, and where it stands."""
 
-    def step(self, trainer: Trainer) -> dict[str, float]: ...
+    def step(self, trainer: Trainer, update: Update) -> dict[str, float]: ...
     def blame(self) -> str: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: Mapping[str, Any]) -> None: ...
@@ -126,18 +129,32 @@ class Loop:
         return self.folder
 
     def _stage(self, phase: ResolvedPhase, number: int) -> Stage:
-        data, recipe = phase.data, self.job.recipe
+        data, job, recipe = phase.data, self.job, self.job.recipe
         framing = Framing(data.fps, data.min_frames, data.max_frames, data.frame_tokens, data.max_tokens)
-        builder = SampleBuilder(self._tokenizer, framing, partial(build_inputs, videos=self._videos))
+        seed = recipe.seed + number
         if isinstance(recipe, CptRecipe | SftRecipe):
-            return Supervised(recipe, phase, self.rows, builder, recipe.seed + number)
-        raise TrainingError(f"The stage {recipe.stage} is not implemented yet; cpt and sft are.")
+            return Supervised(recipe, phase, self.rows, self._builder(framing, self._tokenizer), seed)
+        framing = replace(framing, max_tokens=prompt_budget(data.max_tokens, recipe.rollout))
+        builder = self._builder(framing, self._tokenizer)
+        if isinstance(recipe, RlRecipe):
+            reference = load_reference(recipe, self.trainer, self.base, job.backend, job.dtype)
+            return PolicyStage(recipe, phase, self.rows, builder, self._tokenizer, reference, seed)
+        tokenizer, teacher = load_teacher(recipe, self.trainer, self.base, job.backend, job.dtype)
+        teacher_builder = self._builder(teacher_framing(recipe.teacher, framing), tokenizer)
+        return DistillStage(recipe, phase, self.rows, builder, teacher_builder, teacher, seed)
+
+    def _builder(self, framing: Framing, tokenizer: Tokenizer) -> SampleBuilder:
+        return SampleBuilder(tokenizer, framing, partial(build_inputs, videos=self._videos))
 
     def _step(self, stage: Stage, step: int, learning_rate: float) -> dict[str, Any]:
         started = time.perf_counter()
+        norms: list[float] = []
+
+        def update() -> None:
+            norms.append(self._guarded_apply(learning_rate, stage))
+
         try:
-            metrics = stage.step(self.trainer)
-            norm = self._guarded_apply(learning_rate, stage)
+            metrics = stage.step(self.trainer, update)
         except TrainingError as error:
             last = self.folder.steps()
             kept = f"the last good checkpoint is that of step {last[-1]}" if last else "there is no checkpoint yet"
@@ -146,7 +163,7 @@ class Loop:
         return {
             **metrics,
             "learning_rate": learning_rate,
-            "gradient_norm": norm,
+            "gradient_norm": max(norms, default=None),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(metrics["tokens"] / seconds, 1),
             "peak_bytes": self.trainer.model.peak_bytes(),

@@ -87,7 +87,7 @@ class RunFolder:
         shutil.rmtree(part, ignore_errors=True)
         try:
             part.mkdir(parents=True)
-            save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, part / STATE)
+            save_file({name: np.asarray(array, order="C") for name, array in state.items()}, part / STATE)
             write_weights(part)
             (part / POSITION).write_text(json.dumps({"step": step, **position}), encoding="utf-8")
             _sync(part)

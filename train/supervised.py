@@ -13,7 +13,7 @@ from train.packing import Pack, Packer
 from train.recipe import CptRecipe, ResolvedPhase, SftRecipe
 from train.rows import Rows
 from train.samples import SampleBuilder
-from train.trainer import Trainer
+from train.trainer import Trainer, Update
 
 
 class Supervised:
@@ -27,8 +27,8 @@ class Supervised:
             self._stream, builder, budget=phase.data.max_tokens, window=phase.data.window, weighting=recipe.weighting
         )
 
-    def step(self, trainer: Trainer) -> dict[str, float]:
-        """Gather a step's gradient; its loss, and how many rows and tokens made it.
+    def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
+        """Gather a step's gradient and call `update`; its loss, and how many rows and tokens made it.
 
         Raises TrainingError, naming the rows, for a loss that is not a number.
         """
@@ -42,6 +42,7 @@ class Supervised:
             loss += found
         rows, tokens = sum(len(pack.rows) for pack in packs), sum(pack.tokens for pack in packs)
         self.last_packs = packs
+        update()
         return {"loss": loss, "rows": rows, "tokens": tokens, "epoch": round(self._stream.epoch, 6)}
 
     def blame(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,12 @@ from ivcore.backend import Model
 from ivcore.shards import TensorSpec
 from ivcore.training import Batch, LoraSettings, Loss, OptimizerSettings
 from train.recipe import Recipe
+
+Update = Callable[[], None]
+"""Takes the optimiser's step with the gradient gathered; the loop gives it to a stage, which says when."""
+
+Score = Callable[[Batch], np.ndarray]
+"""Log-probabilities of a batch's targets (S,), or of the whole vocabulary (K, vocab) at its places with a weight."""
 
 
 class Trainer(Protocol):
@@ -27,6 +34,7 @@ class Trainer(Protocol):
     def gradients(self) -> dict[str, np.ndarray]: ...
     def set_gradients(self, gradients: dict[str, np.ndarray]) -> None: ...
     def logprobs(self, batch: Batch) -> np.ndarray: ...
+    def reference_logprobs(self, batch: Batch) -> np.ndarray: ...
     def state(self) -> dict[str, np.ndarray]: ...
     def load_state(self, state: dict[str, np.ndarray]) -> None: ...
     def save_adapter(self, path: str | Path) -> None: ...
@@ -52,3 +60,9 @@ def new_trainer(
     module = importlib.import_module(f"iv{model.backend}.train")
     trainer: Trainer = module.Trainer(model, lora=lora, optimizer=optimizer, checkpointing=checkpointing, seed=seed)
     return trainer
+
+
+def frozen_score(model: Model, *, full: bool) -> Score:
+    """How a loaded model that is not trained scores a batch: the whole vocabulary, or its targets."""
+    module = importlib.import_module(f"iv{model.backend}.train")
+    return partial(module.token_logprobs_full if full else module.logprobs, model)

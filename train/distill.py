@@ -1,0 +1,127 @@
+"""distill: a step is answers of the student's own, and a teacher, who may see more of the video, scores every token."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ivcore.backend import BackendName, load
+from ivcore.errors import TrainingError
+from ivcore.hub import resolve
+from ivcore.tokenizer import Tokenizer
+from ivcore.training import Batch, Distill
+from train.packing import first_fit
+from train.recipe import DistillRecipe, ResolvedPhase, Teacher
+from train.rollouts import Roller, answer_metrics, at_places, named_rows, packs
+from train.rows import Rows
+from train.samples import Framing, Sample, SampleBuilder
+from train.trainer import Score, Trainer, Update, frozen_score
+
+HELD_BYTES = 1 << 30
+"""Of what the teacher says of the whole vocabulary, how much is held at a time; that of one answer, if it is more."""
+
+
+class DistillStage:
+    """On-policy distillation, step by step.
+
+    teacher_builder: makes prompts as the teacher sees them. teacher: scores a batch, the whole vocabulary (K, vocab) or
+    the tokens in it (S,), as the recipe's `vocabulary` says.
+    """
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        phase: ResolvedPhase,
+        rows: Rows,
+        builder: SampleBuilder,
+        teacher_builder: SampleBuilder,
+        teacher: Score,
+        seed: int,
+    ) -> None:
+        self._recipe, self._budget, self._builder = recipe, phase.data.max_tokens, builder
+        self._teacher_builder, self._teacher = teacher_builder, teacher
+        self._roller = Roller(
+            rows, phase, recipe.rollout, lambda row: (builder.prompt(row), teacher_builder.prompt(row)), seed
+        )
+
+    def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
+        """Roll out, let the teacher score it, and call `update`; the divergence before that.
+
+        Raises TrainingError, naming the rows, for a loss that is not a number.
+        """
+        groups = self._last = self._roller.step(trainer.model)
+        students, teachers = [], []
+        for group in groups:
+            seen, shown = group.prompts
+            for answer in group.answers:
+                students.append(self._builder.rollout(group.row.id, seen, answer.token_ids))
+                teachers.append(self._teacher_builder.rollout(group.row.id, shown, answer.token_ids))
+        sums: defaultdict[str, float] = defaultdict(float)
+        lengths = [int(sample.trained.sum()) for sample in students]
+        total = sum(lengths)
+        held = HELD_BYTES // (4 * trainer.model.config.text.vocab_size) if self._recipe.vocabulary == "full" else total
+        for portion in first_fit(lengths, held):
+            for indices, batch in packs([students[index] for index in portion], total, self._budget):
+                scores = self._scores([teachers[portion[index]] for index in indices], batch)
+                loss = Distill(scores, self._recipe.forward_share)
+                for name, value in trainer.accumulate(batch, loss).items():
+                    sums[name] += value
+        if not math.isfinite(sums["loss"]):
+            raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
+        update()
+        return {**sums, **answer_metrics(groups), "epoch": round(self._roller.epoch, 6)}
+
+    def blame(self) -> str:
+        """The rows of the last step, for an error that comes after it."""
+        return named_rows(self._last)
+
+    def state(self) -> dict[str, Any]:
+        return self._roller.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._roller.load_state(state)
+
+    def _scores(self, samples: Sequence[Sample], batch: Batch) -> np.ndarray:
+        """What `Distill` takes for a batch of the student's, from the teacher's samples of the same answers."""
+        lengths = [int(sample.trained.sum()) for sample in samples]
+        found: dict[int, np.ndarray] = {}
+        for indices, shown in packs(samples, 1, self._budget):
+            scores = self._teacher(shown)
+            if scores.ndim == 1:
+                scores = scores[shown.places]
+            ends = np.cumsum([lengths[index] for index in indices])[:-1]
+            found |= zip(indices, np.split(scores, ends), strict=True)
+        joined = np.concatenate([found[index] for index in range(len(samples))])
+        return joined if joined.ndim == 2 else at_places(batch, joined)
+
+
+def teacher_framing(teacher: Teacher, student: Framing) -> Framing:
+    """What the teacher sees of a video; it may take as many tokens as its context holds."""
+    return replace(student, max_tokens=None, **teacher.model_dump(exclude={"model"}, exclude_none=True))
+
+
+def load_teacher(
+    recipe: DistillRecipe, trainer: Trainer, base: Path, backend: BackendName, dtype: str | None
+) -> tuple[Tokenizer, Score]:
+    """The teacher's tokenizer, and how it scores a batch; `base`: what the student was loaded from.
+
+    Raises TrainingError for a teacher of another vocabulary.
+    """
+    path, full = resolve(recipe.teacher.model) if recipe.teacher.model else base, recipe.vocabulary == "full"
+    tokenizer = Tokenizer.from_dir(path)
+    if not (recipe.teacher.model or full or trainer.lora is None):
+        return tokenizer, trainer.reference_logprobs
+    model = load(path, backend, dtype)
+    theirs, ours = model.config.text.vocab_size, trainer.model.config.text.vocab_size
+    if theirs != ours:
+        raise TrainingError(
+            f"The teacher {path} has a vocabulary of {theirs:,} tokens, but the student's has {ours:,}; choose a "
+            "teacher with the student's tokenizer."
+        )
+    return tokenizer, frozen_score(model, full=full)

@@ -1,0 +1,63 @@
+"""How well a model answers: greedy answers to held-out rows, judged by kind of question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ivcore.backend import Model
+from ivcore.tokenizer import Tokenizer
+from train.rewards import Judge
+from train.rows import Rows
+from train.samples import SampleBuilder
+
+JUDGE = Judge({"choice": 1.0, "iou": 1.0})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of question: how many rows, and the mean of their measure (share of right choices, or mean IoU)."""
+
+    rows: int
+    measure: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """By the rows' `kind`; mean: over kinds, each counting the same."""
+
+    kinds: dict[str, Kind]
+
+    @property
+    def mean(self) -> float:
+        return sum(kind.value for kind in self.kinds.values()) / max(len(self.kinds), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "kinds": {name: asdict(kind) for name, kind in self.kinds.items()}}
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    builder: SampleBuilder,
+    *,
+    max_tokens: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Ask every row that has a right choice or a span, and judge the answers; on_progress(done, total) counts rows."""
+    found: dict[str, list[float]] = {}
+    measures: dict[str, str] = {}
+    for number in range(len(rows)):
+        row = rows[number]
+        if rows.is_usable(number) and (row.answer is not None or row.span is not None):
+            ids = list(model.generate(builder.prompt(row), max_tokens=max_tokens))
+            answer = tokenizer.decode(ids)
+            kind = row.kind or "all"
+            found.setdefault(kind, []).append(JUDGE(row, answer).total)
+            measures[kind] = "accuracy" if row.answer is not None else "mean IoU"
+        if on_progress:
+            on_progress(number + 1, len(rows))
+    return Evaluation({kind: Kind(len(each), measures[kind], sum(each) / len(each)) for kind, each in found.items()})

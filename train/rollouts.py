@@ -1,0 +1,168 @@
+"""Rollouts: answers that the model being trained samples itself, several to one prompt.
+
+- A prompt is prefilled once; each of its rollouts goes on from a fork of that cache.
+- A rollout's seed follows from the run's seed, the step, the prompt's lane and the rollout's number: it does not depend
+  on what was sampled before it, on another process, or on where the run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ivcore.backend import Cache, Model
+from ivcore.errors import TrainingError
+from ivcore.inputs import ModelInputs
+from ivcore.sampling import Sampling
+from ivcore.training import Batch
+from train.order import RowStream
+from train.packing import first_fit, to_batch
+from train.recipe import ResolvedPhase, Rollout
+from train.row import Row
+from train.rows import Rows
+from train.samples import Sample
+from train.weighting import place_weights
+
+MakePrompts = Callable[[Row], tuple[ModelInputs, ...]]
+
+ATTEMPTS = 100
+"""How often an answer that holds a placeholder of media is drawn anew."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was sampled, with the token that ended it; cut_off: there is none, the answer was as long as it may be."""
+
+    token_ids: tuple[int, ...]
+    cut_off: bool
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one row. prompts: the one that they were sampled from first; position: the row's, among all."""
+
+    position: int
+    row: Row
+    prompts: tuple[ModelInputs, ...]
+    answers: tuple[Answer, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and written: of the prompt once, and of every answer."""
+        return len(self.prompts[0].token_ids) + sum(map(len, self.answers))
+
+
+class Roller:
+    """Draws a step's prompts, one a lane, and rolls them out.
+
+    make_prompts: the prompt of a row, and perhaps others of the same row that its answers are scored after.
+    """
+
+    def __init__(
+        self, rows: Rows, phase: ResolvedPhase, settings: Rollout, make_prompts: MakePrompts, seed: int
+    ) -> None:
+        self._stream = RowStream(rows, phase.batch, seed=seed, shares=phase.data.mix)
+        self._settings, self._make_prompts, self._seed = settings, make_prompts, seed
+        self._steps = 0
+
+    def step(self, model: Model) -> list[Group]:
+        """The groups of the next step, of this process's lanes."""
+        self._steps += 1
+        groups = []
+        for lane in self._stream.lanes:
+            position, (row, prompts) = self._stream.draw(lane, lambda row: (row, self._make_prompts(row)))
+            answers = roll_out(model, prompts[0], self._settings, self._seed, self._steps, lane)
+            groups.append(Group(position, row, prompts, answers))
+        return groups
+
+    @property
+    def epoch(self) -> float:
+        return self._stream.epoch
+
+    def state(self) -> dict[str, Any]:
+        return {**self._stream.state(), "steps": self._steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._stream.load_state(state)
+        self._steps = int(state["steps"])
+
+
+def rollout_seed(*where: int) -> int:
+    """What the sampling of one rollout begins with: 128 bits for each run's seed, step, lane, rollout and attempt."""
+    words = np.random.SeedSequence(where).generate_state(2, np.uint64)
+    return int(words[0]) << 64 | int(words[1])
+
+
+def roll_out(model: Model, prompt: ModelInputs, settings: Rollout, *where: int) -> tuple[Answer, ...]:
+    """The answers to a prompt, each what `generate` gives with its seed; where: what the seeds follow from.
+
+    Raises TrainingError for a model that writes nothing but placeholders of media.
+    """
+    cache = model.new_cache()
+    logits = model.prefill(prompt, cache)
+    return tuple(_answer(model, logits, cache, settings, *where, number) for number in range(settings.rollouts))
+
+
+def _answer(model: Model, logits: np.ndarray, cache: Cache, settings: Rollout, *where: int) -> Answer:
+    # In a sample a placeholder stands for a visual token, which no answer can hold, so such an answer is drawn again.
+    placeholders = {model.config.image_token_id, model.config.video_token_id}
+    for attempt in range(ATTEMPTS):
+        seed = rollout_seed(*where, attempt)
+        sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=seed)
+        tokens = model.continue_from(logits, cache.fork(), max_tokens=settings.max_tokens, sampling=sampling)
+        token_ids = tuple(tokens)
+        if placeholders.isdisjoint(token_ids):
+            return Answer(token_ids, cut_off=token_ids[-1] not in model.stop_ids)
+    raise TrainingError(f"{ATTEMPTS} answers in a row held placeholders of images or videos; the model is broken.")
+
+
+def prompt_budget(max_tokens: int, settings: Rollout) -> int:
+    """The most tokens of a prompt that leaves room for its answer in a batch; TrainingError where there is none."""
+    if settings.max_tokens >= max_tokens:
+        raise TrainingError(
+            f"rollout.max_tokens is {settings.max_tokens}, which leaves no room for a prompt in "
+            f"data.max_tokens, {max_tokens}; lower the one or raise the other."
+        )
+    return max_tokens - settings.max_tokens
+
+
+def packs(samples: Sequence[Sample], total: int, budget: int) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of rollouts of at most `budget` tokens, and which of the samples each holds, in order.
+
+    total: the tokens of all answers of the step, in all processes; each weighs 1/total. A sample beyond the budget is
+    alone.
+    """
+    for indices in first_fit([len(sample) for sample in samples], budget):
+        chosen = [samples[index] for index in indices]
+        yield indices, to_batch(chosen, [place_weights(sample.trained, "token") / total for sample in chosen])
+
+
+def at_places(batch: Batch, values: np.ndarray) -> np.ndarray:
+    """float32 (S,) from values (K,) of the places with a weight; 0 elsewhere."""
+    out = np.zeros(len(batch.token_ids), np.float32)
+    out[batch.places] = values
+    return out
+
+
+def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What was sampled: prompts, tokens, the mean and the largest length of answers, and the share of those cut off."""
+    answers = [answer for group in groups for answer in group.answers]
+    return {
+        "rows": len(groups),
+        "tokens": sum(group.tokens for group in groups),
+        "answer_tokens": float(np.mean([len(answer) for answer in answers])),
+        "longest_answer": max(len(answer) for answer in answers),
+        "cut_off": float(np.mean([answer.cut_off for answer in answers])),
+    }
+
+
+def named_rows(groups: Sequence[Group]) -> str:
+    """The rows of a step, for an error: "rows 3, 17"."""
+    numbers = ", ".join(str(group.position) for group in groups)
+    return f"{'rows' if len(groups) > 1 else 'row'} {numbers}"
