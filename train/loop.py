@@ -9,6 +9,8 @@ Notable:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
 from train.distill import DistillStage, load_teacher, teacher_framing
+from train.order import RowStream
 from train.recipe import CptRecipe, Recipe, ResolvedPhase, RlRecipe, SftRecipe
 from train.recipe_file import to_toml
 from train.rl import PolicyStage, load_reference
@@ -74,19 +77,29 @@ def train(job: Job, *, resume: bool = False, on_progress: Progress | None = None
     with one sentence.
     """
     recipe, folder, text = job.recipe, RunFolder(job.out), to_toml(job.recipe)
-    about = {"stage": recipe.stage, "model": str(job.model), "data": str(job.data)}
+    path = resolve(job.model)
     rows = read_rows(job.data, recipe.stage)
     if not len(rows):
         raise TrainingError(f"{job.data} has no row to train on: {rows.summary()}")
-    path = resolve(job.model)
+    with open(job.data, "rb") as stream:
+        data = f"{Path(job.data).resolve()}, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    about = {"stage": recipe.stage, "model": str(path.resolve()), "data": data}
+    # Looked at before the model is loaded, which may take minutes.
+    if resume:
+        folder.check_same(text, about)
+    else:
+        folder.check_free()
     tokenizer = Tokenizer.from_dir(path)
     model = load(path, job.backend, job.dtype)
-    about["backend"] = model.backend
+    about |= {"backend": model.backend, "dtype": model.dtype}
+    trainer = make_trainer(model, recipe)
+    for phase in recipe.plan():  # a mix that a later phase misspells is better known now
+        RowStream(rows, phase.batch, seed=0, shares=phase.data.mix)
     if resume:
         folder.check_same(text, about)
     else:
         folder.begin(text, about)
-    return Loop(job, folder, rows, tokenizer, make_trainer(model, recipe), path).run(on_progress)
+    return Loop(job, folder, rows, tokenizer, trainer, path).run(on_progress)
 
 
 class Loop:
@@ -98,12 +111,20 @@ class Loop:
         self.job, self.folder, self.rows, self.trainer, self.base = job, folder, rows, trainer, base
         self._tokenizer = tokenizer
         limit = int(job.recipe.data.cache_gib * 2**30)
-        self._videos = ClipCache(job.cache or job.out / "clips", limit) if limit else None
+        try:
+            self._videos = ClipCache(job.cache or job.out / "clips", limit) if limit else None
+        except OSError as error:
+            raise TrainingError(f"The cache {job.cache} cannot be used ({error.strerror}).") from None
+        self._listed = 0
+        self._known: list[dict[str, Any]] = []
         self._norms: deque[float] = deque(maxlen=KNOWN_NORMS)
 
     def run(self, on_progress: Progress | None) -> RunFolder:
         recipe, steps, done = self.job.recipe, 0, 0
         saved = self.folder.last()
+        listed = self.folder.path / "rejected.jsonl"
+        if listed.exists():
+            self._known = [json.loads(line) for line in listed.read_text().splitlines()]
         if saved:
             self.trainer.load_state(saved.state)
             self._norms.extend(saved.position["norms"])
@@ -120,6 +141,7 @@ class Loop:
                 stage.load_state(saved.position["data"])
             for step in range(max(done, first) + 1, steps + 1):
                 metrics = self._step(stage, step, schedule(step - 1))
+                self._list_rejected()
                 self.folder.log(METRICS, {"step": step, "phase": phase.name, **metrics})
                 if step == total or (recipe.save_every and step % recipe.save_every == 0):
                     self._save(step, stage)
@@ -190,12 +212,19 @@ class Loop:
 
     def _finish(self) -> None:
         """The result, where a user looks for it."""
+        self.folder.prune(self.job.recipe.keep)
         if self.trainer.lora is not None:
             self.trainer.save_adapter(self.folder.path / "adapter")
         else:
             write_model(self.trainer, self.base, self.folder.path / "model")
-        for rejected in self.rows.rejected:
-            self.folder.log("rejected.jsonl", rejected.__dict__)
+        self._list_rejected()
+
+    def _list_rejected(self) -> None:
+        """Append what is not listed yet."""
+        for rejected in self.rows.rejected[self._listed :]:
+            if rejected.__dict__ not in self._known:
+                self.folder.log("rejected.jsonl", rejected.__dict__)
+        self._listed = len(self.rows.rejected)
 
 
 def write_model(trainer: Trainer, base: Path, folder: Path) -> None:
@@ -204,4 +233,7 @@ def write_model(trainer: Trainer, base: Path, folder: Path) -> None:
     for pattern in ("*.json", "*.jinja", "*.txt"):
         for file in base.glob(pattern):
             if file.name != "config.json" and not file.name.endswith(".index.json"):
-                (folder / file.name).write_bytes(file.read_bytes())
+                try:
+                    (folder / file.name).write_bytes(file.read_bytes())
+                except OSError as error:
+                    raise TrainingError(f"{folder / file.name} cannot be written ({error.strerror}).") from None

@@ -72,6 +72,7 @@ class RowStream:
         self.lanes = range(rank, batch, world)
         self._batch, self._seed = batch, seed
         self._drawn = dict.fromkeys(self.lanes, 0)
+        self._unusable: set[int] = set()
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(rows.datasets, shares, seed, epoch))
         self.epoch_rows = len(self._order(0))
         if not self.epoch_rows:
@@ -87,11 +88,12 @@ class RowStream:
             place = lane + self._batch * self._drawn[lane]
             self._drawn[lane] += 1
             position = int(self._order(place // self.epoch_rows)[place % self.epoch_rows])
-            if not self.rows.is_usable(position):
+            if position in self._unusable:
                 continue
             try:
                 return position, use(self.rows[position])
             except (MediaError, PromptError, RowError) as error:
+                self._unusable.add(position)
                 self.rows.reject(position, error)
                 failed += 1
             if failed == MOST_FAILURES:

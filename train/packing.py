@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ivcore.errors import PromptError
 from ivcore.training import Batch
 from ivcore.vision import Patches
 from train.order import RowStream
@@ -102,7 +103,12 @@ class Packer:
         return Pack(rows, row_ids, tokens, sum(each.weight for each in taken))
 
     def _sample(self, row: Row) -> Sample:
-        sample = self._builder.sample(row)
+        try:
+            sample = self._builder.sample(row)
+        except PromptError as error:
+            if "context holds" not in str(error):
+                raise
+            raise RowError("longer than the budget", str(error).rstrip(".")) from None
         if len(sample) > self._budget:
             raise RowError(
                 "longer than the budget", f"it takes {len(sample):,} tokens, but a batch holds {self._budget:,}"

@@ -85,6 +85,7 @@ class Rows(Sequence[Row]):
         self.datasets: dict[str, range] = {}
         self.ratios: dict[str, float] = {}
         self.rejected: list[Rejected] = []
+        self._known: set[Rejected] = set()
         self.notes: list[str] = []
         self._sources: list[_Source] = []
         self._place = array("q")  # three numbers a row: its source, its offset or index there, its line
@@ -106,10 +107,14 @@ class Rows(Sequence[Row]):
 
     def reject(self, index: int, error: IvError) -> None:
         """Add a row that proved unusable to `rejected`; from now on `is_usable` is false for it."""
-        if index not in self._unusable:
-            self._unusable.add(index)
-            source, _, line = self._placed(index)
-            self._add_rejected(source, line, error)
+        self._unusable.add(index)
+        source, _, line = self._placed(index)
+        self._add_rejected(source, line, error)
+
+    def where(self, index: int) -> str:
+        """The file and line of a row."""
+        source, _, line = self._placed(index)
+        return f"{source.file}:{line}"
 
     def is_usable(self, index: int) -> bool:
         return index not in self._unusable
@@ -135,7 +140,10 @@ class Rows(Sequence[Row]):
         return self._sources[source], where, line
 
     def _add_rejected(self, source: _Source, line: int, error: IvError) -> None:
-        self.rejected.append(Rejected(str(source.file), line, _reason(error), str(error).removesuffix(".")))
+        found = Rejected(str(source.file), line, _reason(error), str(error).removesuffix("."))
+        if found not in self._known:
+            self._known.add(found)
+            self.rejected.append(found)
 
     def _add(self, source: _Source, ratio: float, check_media: bool) -> None:
         first = len(self)

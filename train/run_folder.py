@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ivcore.errors import ConfigError, TrainingError
-from ivcore.files import read_json
+from ivcore.errors import CheckpointError, TrainingError
 
 RECIPE, RUN, METRICS, CHECKPOINTS = "recipe.toml", "run.json", "metrics.jsonl", "checkpoints"
 STATE, POSITION = "state.safetensors", "position.json"
+_CHECKPOINT = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -47,36 +49,50 @@ class RunFolder:
 
     def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
         """Make the folder of a new run."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise TrainingError(f"{self.path} exists already; go on with --resume, or name another folder.")
+        self.check_free()
         try:
-            (self.path / CHECKPOINTS).mkdir(parents=True)
+            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self._write(RECIPE, recipe)
             self._write(RUN, json.dumps(dict(about), indent=1) + "\n")
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written ({error.strerror}); check the path.") from None
 
+    def check_free(self) -> None:
+        """TrainingError where something else is there than what a run leaves that was killed as it began."""
+        if not self.path.exists():
+            return
+        begun = {CHECKPOINTS, RECIPE, f"{RECIPE}.part", f"{RUN}.part"}
+        if not self.path.is_dir() or {file.name for file in self.path.iterdir()} - begun:
+            raise TrainingError(f"{self.path} exists already; go on with --resume, or name another folder.")
+
     def check_same(self, recipe: str, about: Mapping[str, Any]) -> None:
         """Whether this run was begun with the same recipe, model and data; names the first difference."""
         if not (self.path / RUN).exists():
             raise TrainingError(f"{self.path} is not the folder of a run; leave --resume out to begin one.")
-        then = read_json(self.path / RUN)
+        try:
+            then = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            before = tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.path} is damaged: {RUN} or {RECIPE} cannot be read ({error}).") from None
         for name, value in about.items():
             if then.get(name) != value:
                 raise TrainingError(
                     f"{self.path} was begun with {name} {then.get(name)!r}, not {value!r}; resume with the same."
                 )
-        before = (self.path / RECIPE).read_text(encoding="utf-8").splitlines()
-        if before != recipe.splitlines():
-            pairs = zip(before, [*recipe.splitlines(), *[""] * len(before)], strict=False)
-            was, now = next((pair for pair in pairs if pair[0] != pair[1]), ("", "more lines"))
-            raise TrainingError(f"{self.path} was begun with `{was}`, not `{now}`; resume with the same recipe.")
+        now, before = _flat(tomllib.loads(recipe)), _flat(before)
+        for name in sorted({*now, *before}):
+            if now.get(name) != before.get(name):
+                was, new = (json.dumps(each.get(name), default=str) for each in (before, now))
+                raise TrainingError(f"{self.path} was begun with {name} {was}, not {new}; resume with the same recipe.")
 
     def log(self, name: str, entry: Mapping[str, Any]) -> None:
         """Append a line to a JSONL file; a number that is not finite is null."""
         line = json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n"
-        with (self.path / name).open("a", encoding="utf-8") as stream:
-            stream.write(line)
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise TrainingError(f"{self.path / name} cannot be written ({error.strerror}).") from None
 
     def save(
         self, step: int, state: Mapping[str, np.ndarray], position: Mapping[str, Any], write_weights: Any, keep: int
@@ -93,31 +109,42 @@ class RunFolder:
             _sync(part)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(part, folder)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:
             shutil.rmtree(part, ignore_errors=True)
             last = self.steps()
             kept = f"the last good checkpoint is {self._checkpoint(last[-1]).name}" if last else "there is none before"
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise TrainingError(f"The checkpoint of step {step} cannot be written ({reason}); {kept}.") from None
+        self.prune(keep)
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the last `keep`."""
         for old in self.steps()[:-keep]:
-            shutil.rmtree(self._checkpoint(old))
+            # Renamed first: half removed, it must not look like a checkpoint.
+            gone = self._checkpoint(old).with_suffix(".part")
+            os.rename(self._checkpoint(old), gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, ascending."""
         folder = self.path / CHECKPOINTS
         names = (file.parent.name for file in folder.glob(f"step-*/{POSITION}"))
-        return sorted(int(name.removeprefix("step-")) for name in names if not name.endswith(".part"))
+        return sorted(int(name.removeprefix("step-")) for name in names if _CHECKPOINT.fullmatch(name))
 
     def last(self) -> Checkpoint | None:
         """The newest checkpoint; what was logged after it is forgotten, since it will be done again."""
+        for part in (self.path / CHECKPOINTS).glob("step-*.part"):
+            shutil.rmtree(part, ignore_errors=True)
         steps = self.steps()
         if not steps:
             self._forget_after(0)
             return None
         folder = self._checkpoint(steps[-1])
         try:
-            state, position = load_file(folder / STATE), read_json(folder / POSITION)
-        except (SafetensorError, ConfigError, OSError) as error:
+            state, position = load_file(folder / STATE), json.loads((folder / POSITION).read_text(encoding="utf-8"))
+            if not isinstance(position, dict) or not {"step", "data", "norms"} <= position.keys():
+                raise ValueError(f"{POSITION} lacks values")
+        except (SafetensorError, ValueError, OSError) as error:
             raise TrainingError(
                 f"{folder} is damaged ({error}); remove it to go on from an earlier checkpoint."
             ) from None
@@ -127,7 +154,7 @@ class RunFolder:
     def _forget_after(self, step: int) -> None:
         for file in self.path.glob("*.jsonl"):
             lines = file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if (found := _object(line)) is not None and found.get("step", 0) <= step]
             self._write(file.name, "".join(f"{line}\n" for line in kept))
 
     def _checkpoint(self, step: int) -> Path:
@@ -137,6 +164,25 @@ class RunFolder:
         part = self.path / f"{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, self.path / name)
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key."""
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    found: dict[str, Any] = {}
+    for key, value in items:
+        nested = isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """What a line says; None where it was cut off."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _finite(value: Any) -> Any:

@@ -38,7 +38,7 @@ class Supervised:
         for pack in packs:
             found = trainer.accumulate(self._packer.batch(pack, total), NextToken())["loss"]
             if not math.isfinite(found):
-                raise TrainingError(f"the loss of {_rows(pack)} is {found}")
+                raise TrainingError(f"the loss of {self._rows(pack)} is {found}")
             loss += found
         rows, tokens = sum(len(pack.rows) for pack in packs), sum(pack.tokens for pack in packs)
         self.last_packs = packs
@@ -47,7 +47,7 @@ class Supervised:
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""
-        return ", ".join(_rows(pack) for pack in self.last_packs)
+        return ", ".join(self._rows(pack) for pack in self.last_packs)
 
     def state(self) -> dict[str, Any]:
         return self._packer.state()
@@ -55,7 +55,6 @@ class Supervised:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._packer.load_state(state)
 
-
-def _rows(pack: Pack) -> str:
-    numbers = ", ".join(str(row) for row in pack.rows)
-    return f"{'rows' if len(pack.rows) > 1 else 'row'} {numbers}"
+    def _rows(self, pack: Pack) -> str:
+        places = ", ".join(self._stream.rows.where(row) for row in pack.rows)
+        return f"{'rows' if len(pack.rows) > 1 else 'row'} {places}"
