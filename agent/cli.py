@@ -237,6 +237,10 @@ def train(
     out: Annotated[str, typer.Option(help="The run's folder.")],
     backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored by default.")] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows to ask and judge, every evaluate_every steps and last."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; may be repeated.")
     ] = None,
@@ -248,7 +252,7 @@ def train(
 
     run_train(
         stage, recipe, model, data, out,
-        backend=backend, dtype=dtype, overrides=list(overrides or ()), resume=resume,
+        backend=backend, dtype=dtype, overrides=list(overrides or ()), resume=resume, held_out=held_out,
     )  # fmt: skip
 
 

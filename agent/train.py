@@ -23,13 +23,13 @@ SMOOTHED = 20
 
 def train(
     stage: str, recipe: str, model: str, data: str, out: str, *, backend: str, dtype: str | None,
-    overrides: list[str], resume: bool,
+    overrides: list[str], resume: bool, held_out: str | None = None,
 ) -> None:  # fmt: skip
     """Run a stage to its end, with progress on stderr; prints where the result is."""
     if stage not in STAGES:
         raise ConfigError(f"There is no stage {stage!r}; use one of {', '.join(STAGES)}.")
     job = Job(
-        read_recipe(recipe, overrides, stage=stage), model, data, Path(out), backend, dtype  # type: ignore[arg-type]
+        read_recipe(recipe, overrides, stage=stage), model, data, Path(out), backend, dtype, held_out=held_out  # type: ignore[arg-type]
     )  # fmt: skip
     console = Console(stderr=True, highlight=False)
     columns = (

@@ -28,13 +28,14 @@ from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
 from train.distill import DistillStage, load_teacher, teacher_framing
+from train.evaluate import evaluate
 from train.order import RowStream
 from train.recipe import CptRecipe, Recipe, ResolvedPhase, RlRecipe, SftRecipe
 from train.recipe_file import to_toml
 from train.rl import PolicyStage, load_reference
 from train.rollouts import prompt_budget
 from train.rows import Rows, read_rows
-from train.run_folder import METRICS, RunFolder
+from train.run_folder import EVALUATIONS, METRICS, RunFolder
 from train.samples import Framing, SampleBuilder
 from train.supervised import Supervised
 from train.trainer import Trainer, Update, make_trainer
@@ -59,7 +60,11 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What `iv3 train` is told. model: a folder or id; data: a file of rows; cache: a folder for decoded clips."""
+    """What `iv3 train` is told.
+
+    model: a folder or id; data: a file of rows; held_out: one whose rows are asked and judged every `evaluate_every`
+    steps and at the end; cache: a folder for decoded clips.
+    """
 
     recipe: Recipe
     model: str
@@ -68,6 +73,7 @@ class Job:
     backend: BackendName = "auto"
     dtype: str | None = None
     cache: Path | None = None
+    held_out: str | None = None
 
 
 def train(job: Job, *, resume: bool = False, on_progress: Progress | None = None) -> RunFolder:
@@ -115,6 +121,7 @@ class Loop:
             self._videos = ClipCache(job.cache or job.out / "clips", limit) if limit else None
         except OSError as error:
             raise TrainingError(f"The cache {job.cache} cannot be used ({error.strerror}).") from None
+        self._held_out = read_rows(job.held_out, "rl") if job.held_out is not None else None
         self._listed = 0
         self._known: list[dict[str, Any]] = []
         self._norms: deque[float] = deque(maxlen=KNOWN_NORMS)
@@ -143,6 +150,8 @@ class Loop:
                 metrics = self._step(stage, step, schedule(step - 1))
                 self._list_rejected()
                 self.folder.log(METRICS, {"step": step, "phase": phase.name, **metrics})
+                if step == total or (recipe.evaluate_every and step % recipe.evaluate_every == 0):
+                    self._evaluate(step, phase)
                 if step == total or (recipe.save_every and step % recipe.save_every == 0):
                     self._save(step, stage)
                 if on_progress:
@@ -164,6 +173,15 @@ class Loop:
         tokenizer, teacher = load_teacher(recipe, self.trainer, self.base, job.backend, job.dtype)
         teacher_builder = self._builder(teacher_framing(recipe.teacher, framing), tokenizer)
         return DistillStage(recipe, phase, self.rows, builder, teacher_builder, teacher, seed)
+
+    def _evaluate(self, step: int, phase: ResolvedPhase) -> None:
+        if self._held_out is None:
+            return
+        data = phase.data
+        framing = Framing(data.fps, data.min_frames, data.max_frames, data.frame_tokens)
+        builder = self._builder(framing, self._tokenizer)
+        found = evaluate(self.trainer.model, self._tokenizer, self._held_out, builder)
+        self.folder.log(EVALUATIONS, {"step": step, "phase": phase.name, **found.to_dict()})
 
     def _builder(self, framing: Framing, tokenizer: Tokenizer) -> SampleBuilder:
         return SampleBuilder(tokenizer, framing, partial(build_inputs, videos=self._videos))

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from ivcore.errors import CheckpointError, TrainingError
 
 RECIPE, RUN, METRICS, CHECKPOINTS = "recipe.toml", "run.json", "metrics.jsonl", "checkpoints"
+EVALUATIONS = "evaluations.jsonl"
 STATE, POSITION = "state.safetensors", "position.json"
 _CHECKPOINT = re.compile(r"step-\d{6,}")
 
