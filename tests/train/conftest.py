@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import sys
@@ -189,10 +190,15 @@ def lab_of(name: str) -> Lab:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> Iterator[None]:
-    """Matrices here are tiny: where cores are shared, handing them to several threads makes a test 100 times slower."""
+    """Matrices here are tiny: where cores are shared, handing them to several threads makes a test 100 times slower.
+
+    So also for an OpenBLAS that was preloaded: its sums depend on how many threads share them, and bytes are compared.
+    """
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    if openblas := getattr(ctypes.CDLL(None), "openblas_set_num_threads", None):
+        openblas(1)
     yield
     torch.set_num_threads(threads)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_the_folder_of_a_run_has_what_the_documentation_says(
     }  # fmt: skip
     assert read_recipe(out / "recipe.toml") == job.recipe
     about = json.loads((out / "run.json").read_text())
-    assert about | {"stage": "sft", "model": str(runs.MICRO), "data": str(data), "backend": backend} == about
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    read = {"model": str(runs.MICRO), "data": f"{data}, sha256 {digest}"}
+    assert about | {"stage": "sft", "backend": backend, **read} == about
     logged = runs.lines(out / "metrics.jsonl")
     assert [each["step"] for each in logged] == [1, 2, 3, 4, 5] and all(set(each) == KEYS for each in logged)
     assert all(each["phase"] == "all" and each["gradient_norm"] > 0 and each["seconds"] > 0 for each in logged)

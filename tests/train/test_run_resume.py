@@ -113,7 +113,7 @@ def server() -> Iterator[Serve]:
     """Function (out, rows, backend, **job) that has a run done in a process of its own; how it ended."""
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # as in this process; see conftest.py
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     to_server, from_server = process.stdin, process.stdout
