@@ -14,10 +14,9 @@ from ivcore.adapter import Adapter
 from ivcore.checkpoint import check_specs
 from ivcore.config import ModelConfig
 from ivcore.errors import ConfigError
-from ivcore.shards import TensorSpec, shard_names, split
+from ivcore.shards import FLOAT_NAMES, TensorSpec, shard_names, split
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DEFAULT_GROUP_SIZE = 64
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPE_FIELDS = ("torch_dtype", "dtype")
@@ -178,7 +177,7 @@ def _config(source: Source, options: Options, policy: Policy, jobs: list[Job]) -
         for field in _DTYPE_FIELDS:
             if field in section:
                 dtype = options.dtype or ("fp32" if section[field] == "float64" else None)
-                section[field] = TORCH_NAMES[DTYPES[dtype]] if dtype else section[field]
+                section[field] = FLOAT_NAMES[DTYPES[dtype]] if dtype else section[field]
     packed = {job.matrix.name.removesuffix(".weight"): job.form for job in jobs if job.form}
     if packed:
         common = _common(packed, source, policy)

@@ -18,7 +18,7 @@ import numpy as np
 
 from convert.plan import Plan
 from ivcore.errors import CheckpointError
-from ivcore.files import read_json
+from ivcore.files import read_json, write_beside
 
 RECORD = "conversion.json"
 FORMAT = 1
@@ -214,14 +214,9 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_beside(file: Path, content: bytes) -> str:
+def write_hashed(file: Path, content: bytes) -> str:
     """Write a file beside and rename it; returns its SHA-256."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
+    write_beside(file, content)
     return hashlib.sha256(content).hexdigest()
 
 

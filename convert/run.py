@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.place import Place, clear, reason_of, sync
 from convert.plan import Options, Plan, make_plan
-from convert.record import RECORD, Journal, Record, request_of, sha256_of, to_json, write_beside
+from convert.record import RECORD, Journal, Record, request_of, sha256_of, to_json, write_hashed
 from convert.source import open_source
 from convert.stream import Conversion, Progress
 from ivcore.errors import CheckpointError
@@ -88,14 +88,14 @@ def _finish_shards(plan: Plan, part: Path, journal: Journal, on_progress: Progre
 
 def _write_others(plan: Plan, part: Path, journal: Journal, request: dict[str, Any]) -> None:
     """Everything but the shards, conversion.json last; then the journal is not needed any more."""
-    files = {"config.json": write_beside(part / "config.json", to_json(plan.config))}
+    files = {"config.json": write_hashed(part / "config.json", to_json(plan.config))}
     if len(plan.shards) > 1:
         index = index_of({name: plan.specs(name) for name in plan.shards})
-        files[INDEX] = write_beside(part / INDEX, to_json(index))
+        files[INDEX] = write_hashed(part / INDEX, to_json(index))
     for file in plan.source.side_files:
-        files[file.name] = write_beside(part / file.name, _content(file))
+        files[file.name] = write_hashed(part / file.name, _content(file))
     record = Record(request, journal.sources, journal.shards, files)
-    write_beside(part / RECORD, to_json(record.to_dict()))
+    write_hashed(part / RECORD, to_json(record.to_dict()))
     sync(part)
     journal.remove()
     sync(part)

@@ -12,22 +12,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert.policy import Form
 from ivcore.checkpoint import check_specs
 from ivcore.config import ModelConfig
 from ivcore.errors import CheckpointError
-from ivcore.files import read_json
+from ivcore.files import read_json, side_files
 from ivcore.hub import resolve
-from ivcore.shards import FLOATS, INDEX, Checkpoint, TensorSpec, read_spans
+from ivcore.shards import FLOATS, Checkpoint, TensorSpec, read_spans
 
 READABLE = (*FLOATS, "F64")
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
-"""What a folder holds beside weights that a copy of it needs: tokenizer, templates, processor configs, the licence."""
-
-OWN_FILES = ("config.json", INDEX, "conversion.json")
-"""What a conversion writes itself."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,6 @@ class Source:
     label: str
     revision: str | None
     path: Path
-    raw_config: dict[str, Any]
     config: ModelConfig
     checkpoint: Checkpoint
     spans: dict[str, tuple[int, int]]
@@ -96,13 +89,11 @@ def open_source(model: str | Path) -> Source:
     is_id = not Path(model).expanduser().is_dir()
     raw = read_json(path / "config.json")
     checkpoint = Checkpoint(path)
-    side_files = sorted(
-        {file for pattern in SIDE_FILES for file in path.glob(pattern)
-         if file.is_file() and file.name not in OWN_FILES and not file.name.endswith(".index.json")}
-    )  # fmt: skip
-    if dangling := [file for pattern in SIDE_FILES for file in path.glob(pattern) if not file.exists()]:
+    beside = side_files(path)
+    if dangling := [file for file in beside if not file.exists()]:
         raise CheckpointError(f"{dangling[0]} is a link to a file that is not there; fetch the folder again.")
-    for file in (path / "config.json", *set(checkpoint.files.values()), *side_files):
+    beside = [file for file in beside if file.is_file()]
+    for file in (path / "config.json", *set(checkpoint.files.values()), *beside):
         _refuse_link(file, path)
     _refuse_dtypes(checkpoint.specs, path)
     config = ModelConfig.from_dict(raw, shapes=checkpoint.shapes(), source=str(path / "config.json"))
@@ -113,7 +104,7 @@ def open_source(model: str | Path) -> Source:
         stats[file] = file.stat()
     label = str(model).partition("@")[0] if is_id else path.resolve().name
     revision = path.name if is_id else None
-    return Source(label, revision, path, raw, config, checkpoint, spans, stats, tuple(side_files))
+    return Source(label, revision, path, config, checkpoint, spans, stats, tuple(beside))
 
 
 def _refuse_link(file: Path, folder: Path) -> None:

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from convert.affine import Packed, dequantize, quantize
-from convert.plan import TORCH_NAMES, Job, Plan
+from convert.plan import Job, Plan
 from convert.record import Journal, ShardRecord
 from convert.writer import Parts, ShardWriter, drop_from_cache
 from ivcore.adapter import Adapter
 from ivcore.errors import CheckpointError
 from ivcore.floats import cast, finite, narrow, widen
-from ivcore.shards import STORED_AS, Checkpoint
+from ivcore.shards import FLOAT_NAMES, STORED_AS, Checkpoint
 
 BLOCK_BYTES = 8 * 2**20
 WORKERS = min(4, os.cpu_count() or 1)
@@ -47,7 +47,7 @@ class Block:
 
 
 class Conversion:
-    """Writes the shards of a plan that the journal has not; a method of the same name a thread."""
+    """Writes the shards of a plan that the journal has not: the caller reads, others convert, hash and write."""
 
     def __init__(self, plan: Plan, folder: Path, journal: Journal) -> None:
         self.plan = plan
@@ -162,7 +162,7 @@ def convert_block(block: Block, adapter: Adapter | None, file: Path) -> Parts:
     if not finite(stored, matrix.dtype):
         raise CheckpointError(f"{file}: {matrix.name} holds NaN or infinity; download it again.")
     raise CheckpointError(
-        f"{file}: {matrix.name} has values beyond {TORCH_NAMES[job.dtype]}; use --dtype bf16 or fp32, or --keep it."
+        f"{file}: {matrix.name} has values beyond {FLOAT_NAMES[job.dtype]}; use --dtype bf16 or fp32, or --keep it."
     )
 
 

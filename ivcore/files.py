@@ -1,8 +1,9 @@
-"""Reading JSON files, with one-sentence errors."""
+"""Small files: JSON read with one-sentence errors, files written beside and renamed, what lies beside weights."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,24 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no JSON object; download it again.")
     return content
+
+
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
+"""What a folder holds beside weights that a copy of it needs: tokenizer, templates, processor configs, the licence."""
+
+
+def side_files(folder: Path) -> list[Path]:
+    """The files beside the weights in a checkpoint's folder, config, indices and conversion.json apart; links too."""
+    found = {file for pattern in SIDE_FILES for file in folder.glob(pattern)}
+    made = ("config.json", "conversion.json")
+    return sorted(file for file in found if file.name not in made and not file.name.endswith(".index.json"))
+
+
+def write_beside(file: Path, content: bytes) -> None:
+    """Write a file beside, make it durable and rename it; OSError when it cannot be written."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, file)

@@ -24,7 +24,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 DTYPE_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
-FLOATS = ("F32", "F16", "BF16")
+FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""A safetensors dtype as `load`, the frameworks and reports name it."""
+
+FLOATS = tuple(FLOAT_NAMES)
 STORED_AS = {"BF16": "uint16", "F16": "float16", "F32": "float32", "F64": "float64", "U32": "uint32"}
 """The NumPy dtype that holds a tensor's bytes; bfloat16, which NumPy has not, is its bits."""
 

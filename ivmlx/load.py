@@ -13,11 +13,10 @@ from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
 from ivcore.sampling import stop_ids
-from ivcore.shards import Checkpoint
+from ivcore.shards import FLOAT_NAMES, Checkpoint
 from ivmlx.generate import Model
 from ivmlx.model import Network
 
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -32,7 +31,7 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     config = ModelConfig.from_dir(path)
     checkpoint = Checkpoint(path)
     check_specs(checkpoint.specs, config, str(path))
-    dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
+    dtype = dtype or FLOAT_NAMES[stored_dtype(checkpoint.specs)]
     if mx.default_device() == mx.cpu:
         return_freed_blocks()
     network = Network(config)

@@ -13,12 +13,11 @@ from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
 from ivcore.sampling import stop_ids
-from ivcore.shards import Checkpoint
+from ivcore.shards import FLOAT_NAMES, Checkpoint
 from ivtorch.generate import Model
 from ivtorch.model import Network
 
 UNPACK_ROWS = 512
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,7 +32,7 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     config = ModelConfig.from_dir(path)
     checkpoint = Checkpoint(path)
     check_specs(checkpoint.specs, config, str(path))
-    dtype = dtype or STORED[stored_dtype(checkpoint.specs)]
+    dtype = dtype or FLOAT_NAMES[stored_dtype(checkpoint.specs)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         return_freed_blocks()

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from ivcore.backend import BackendName, load
 from ivcore.errors import TrainingError
+from ivcore.files import side_files, write_beside
 from ivcore.hub import resolve
 from ivcore.prompt import build_inputs
 from ivcore.shards import write_checkpoint
@@ -248,10 +249,8 @@ class Loop:
 def write_model(trainer: Trainer, base: Path, folder: Path) -> None:
     """A fully trained checkpoint, with the tokenizer and the configs of the one it began from."""
     write_checkpoint(folder, trainer.model.config.to_dict(), trainer.specs(), trainer.tensors())
-    for pattern in ("*.json", "*.jinja", "*.txt"):
-        for file in base.glob(pattern):
-            if file.name != "config.json" and not file.name.endswith(".index.json"):
-                try:
-                    (folder / file.name).write_bytes(file.read_bytes())
-                except OSError as error:
-                    raise TrainingError(f"{folder / file.name} cannot be written ({error.strerror}).") from None
+    for file in side_files(base):
+        try:
+            write_beside(folder / file.name, file.read_bytes())
+        except OSError as error:
+            raise TrainingError(f"{folder / file.name} cannot be written ({error.strerror}).") from None

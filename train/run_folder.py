@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ivcore.errors import CheckpointError, TrainingError
+from ivcore.files import write_beside
 
 RECIPE, RUN, METRICS, CHECKPOINTS = "recipe.toml", "run.json", "metrics.jsonl", "checkpoints"
 EVALUATIONS = "evaluations.jsonl"
@@ -162,9 +163,7 @@ class RunFolder:
         return self.path / CHECKPOINTS / f"step-{step:06d}"
 
     def _write(self, name: str, text: str) -> None:
-        part = self.path / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path / name)
+        write_beside(self.path / name, text.encode())
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from convert.parity.report import ParityError
-from convert.parity.run import STORED, Run
+from convert.parity.run import Run
 from ivcore.backend import choose
 from ivcore.checkpoint import check_specs, stored_dtype
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError, CheckpointError
 from ivcore.hub import resolve
-from ivcore.shards import Checkpoint
+from ivcore.shards import FLOAT_NAMES, Checkpoint
 
 SEAMS = (
     "text_config.hidden_size",
@@ -41,8 +41,8 @@ def plan_runs(
     or ConfigError for a folder that cannot be loaded or is not of the same body as the first.
     """
     for dtype in dtypes or ():
-        if dtype not in STORED.values():
-            raise BackendError(f"dtype {dtype!r} is not one of {', '.join(STORED.values())}.")
+        if dtype not in FLOAT_NAMES.values():
+            raise BackendError(f"dtype {dtype!r} is not one of {', '.join(FLOAT_NAMES.values())}.")
     if backends is None:
         installed = [name for name in ("mlx", "torch") if importlib.util.find_spec(name)]
         backends = installed if b is None and len(dtypes or ()) < 2 and installed else ["auto"]
@@ -52,7 +52,7 @@ def plan_runs(
         folder = resolve(model)
         config, checkpoint = ModelConfig.from_dir(folder), Checkpoint(folder)
         check_specs(checkpoint.specs, config, str(model))
-        stored = STORED[stored_dtype(checkpoint.specs)]
+        stored = FLOAT_NAMES[stored_dtype(checkpoint.specs)]
         for backend in names:
             for dtype in dict.fromkeys(dtypes or (stored,)):
                 runs.append(Run(str(model), folder, backend, dtype, config, checkpoint.specs))

@@ -25,9 +25,6 @@ from ivcore.config import ModelConfig
 from ivcore.inputs import ModelInputs
 from ivcore.shards import TensorSpec
 
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""A safetensors dtype as `load` and reports name it."""
-
 Result = TypeVar("Result")
 Tick = Callable[[int], None]
 """Called with the number of rows that a pass has just seen at one point."""

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert.parity.points import Point
-from convert.parity.run import STORED, Run
+from convert.parity.run import Run
+from ivcore.shards import FLOAT_NAMES
 
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
@@ -151,7 +152,7 @@ def _stored(point: Point, run: Run) -> dict[str, Form]:
         module = name.removesuffix(".weight")
         scales = run.specs.get(f"{module}.scales") if name.endswith(".weight") else None
         block = run.config.quantization
-        forms[name] = Form(STORED[(scales or spec).dtype], block.of_module(module) if scales and block else None)
+        forms[name] = Form(FLOAT_NAMES[(scales or spec).dtype], block.of_module(module) if scales and block else None)
     return forms
 
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,6 +263,20 @@ def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path: Path, source
     assert checkpoints.read(tmp_path / "out") == checkpoints.read(source)
     assert all(not path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_an_id_is_converted_from_the_cache_and_recorded_with_its_commit(
+    tmp_path: Path, source: Path, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "hub" / "models--owner--name", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(source, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v2").write_text(commit)
+    record = convert("owner/name@v2", tmp_path / "out")
+    assert checkpoints.read(tmp_path / "out") == checkpoints.read(source)
+    assert (record.request["source"], record.request["revision"]) == ("owner/name", commit)
 
 
 @pytest.mark.parametrize(
