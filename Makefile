@@ -20,10 +20,10 @@ RUN = $(if $(OPENBLAS),LD_PRELOAD="$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD}") $(
 APT := DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup openblas demo test lint bench clean
+.PHONY: help setup openblas demo test lint bench tiny-base clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1	/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 18
 
 setup: $(STAMP) ## make .venv with every direct dependency at its pinned version
 
@@ -42,6 +42,9 @@ bench: setup ## measure video sampling, memory and conversion
 	$(RUN) bench/video_sampling.py
 	$(RUN) bench/memory.py
 	$(RUN) bench/convert.py --layers 4
+
+tiny-base: setup ## train iv3-tiny's base from nothing, into build/tiny-base
+	$(RUN) -m train.tiny.base --out build/tiny-base
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist bench/out

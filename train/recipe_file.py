@@ -7,7 +7,6 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +18,7 @@ from train.recipe import STAGES, Recipe, Table
 from train.row import Stage
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_FOLDER = Path(__file__).parent / "recipes"
 _BARE_WORD = re.compile(r"[A-Za-z_][\w./-]*")
 _EXPECTED = {
     "int_type": "a whole number",
@@ -34,8 +34,8 @@ _EXPECTED = {
 
 
 def builtin_recipes() -> list[str]:
-    """The names of the recipes that come with this package."""
-    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+    """The names of the recipes that come with this package, such as `8b-cpt` and `tiny/base`."""
+    return sorted(file.relative_to(_FOLDER).with_suffix("").as_posix() for file in _FOLDER.rglob("*.toml"))
 
 
 def read_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, stage: Stage | None = None) -> Recipe:
@@ -93,7 +93,7 @@ def _text(name_or_path: str | Path) -> str:
     builtin = builtin_recipes()
     try:
         if not path.exists() and str(name_or_path) in builtin:
-            return (_folder() / f"{name_or_path}.toml").read_text(encoding="utf-8")
+            return (_FOLDER / f"{name_or_path}.toml").read_text(encoding="utf-8")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = get_close_matches(path.stem, builtin, 1)
@@ -101,10 +101,6 @@ def _text(name_or_path: str | Path) -> str:
         raise ConfigError(f"There is no recipe {name_or_path}; {hint}.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"The recipe {name_or_path} cannot be read ({error}); check the path.") from None
-
-
-def _folder() -> Any:
-    return files("train") / "recipes"
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from train.toyworld.compose import KINDS, make_script
-from train.toyworld.questions import Question, ask
+from train.toyworld.questions import Question, ask, kinds_of
 from train.toyworld.render import write_clip
 from train.toyworld.script import SHORT_SECONDS, WORLD_VERSION, Script, Split, random_of, seeds
 from train.toyworld.subtitles import transcript
@@ -45,17 +45,19 @@ def write_dataset(
     *,
     shares: Mapping[str, float] = BASE_SHARES,
     duration: float = SHORT_SECONDS,
+    all_kinds: bool = False,
     workers: int = 1,
 ) -> Path:
     """Write clips number first..first+count of a split and their rows; returns the JSONL, `folder`/`split`.jsonl.
 
-    shares: of the kinds of question, in any unit. duration: of every clip, in seconds. workers: processes that render;
-        they are spawned, so the main module must be safe to import.
+    shares: of the kinds of question, in any unit. duration: of every clip, in seconds. all_kinds: a row for every kind
+        that a clip answers, not only for the one it was made for. workers: processes that render; they are spawned, so
+        the main module must be safe to import.
     The JSONL is replaced when all clips are there; clips that an earlier call left are kept.
     """
     folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    make = partial(_write_row, folder, shares, duration)
+    make = partial(_write_rows, folder, shares, duration, all_kinds)
     if workers == 1:
         rows = [make(seed) for seed in seeds(split, first, count)]
     else:
@@ -64,7 +66,7 @@ def write_dataset(
             rows = list(pool.map(make, seeds(split, first, count), chunksize=16))
     file = folder / f"{split}.jsonl"
     partial_file = file.with_name(f"{file.name}.partial")
-    partial_file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    partial_file.write_text("".join(rows), encoding="utf-8")
     os.replace(partial_file, file)
     return file
 
@@ -95,10 +97,11 @@ def row(script: Script, question: Question, clip: str) -> dict[str, Any]:
     return {**made, "evidence": question.span, "duration": script.duration, "seed": script.seed}
 
 
-def _write_row(folder: Path, shares: Mapping[str, float], duration: float, seed: int) -> str:
-    """The row of a seed, its clip written unless it is there."""
+def _write_rows(folder: Path, shares: Mapping[str, float], duration: float, all_kinds: bool, seed: int) -> str:
+    """The rows of a seed, a line each, its clip written unless it is there."""
     script = make_script(seed, kind_of(seed, shares), duration)
     clip = f"clips/v{WORLD_VERSION}-{seed:07}-{script.kind}-{script.duration:g}s.mp4"
     if not (folder / clip).exists():
         write_clip(folder / clip, script)
-    return json.dumps(row(script, ask(script), clip))
+    kinds = kinds_of(script) if all_kinds else (script.kind,)
+    return "".join(f"{json.dumps(row(script, ask(script, kind), clip))}\n" for kind in kinds)
