@@ -5,6 +5,8 @@
   which is all that a processor adds. A checksum tells a damaged entry, which is decoded anew.
 - Entries are written beside and renamed, so processes may share a folder. Beyond the limit the least recently used go;
   the time of an entry's last change is that of its last use.
+- The bytes of all entries are counted in the lock's file, so that a write need not look at every other entry. The count
+  may be too high, where an entry was written twice or removed; the folder is then looked through too early, no more.
 - A cache never stops a run: what cannot be written, as on a full disk, is not kept.
 """
 
@@ -33,6 +35,8 @@ FORMAT = 1
 SUFFIX = ".clip"
 ABANDONED_SECONDS = 3600.0
 """A file still being written this long after its last change was left by a process that is gone."""
+SPARE = 1 / 16
+"""Of the limit, what is free after entries had to go: else every write to a full cache would look through it."""
 _NO_FRAMES = np.empty(0, np.uint8)
 
 
@@ -43,6 +47,7 @@ class ClipCache:
         self.folder = Path(folder)
         self.limit = limit
         self.hits = self.misses = 0
+        self._looked = False
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def probe(self, path: str | Path) -> VideoInfo:
@@ -110,29 +115,41 @@ class ClipCache:
                 stream.write(head)
                 stream.write(frames)
             os.replace(part, entry)
-            self._shrink()
+            self._count(len(head) + len(frames))
         except OSError:
             if part is not None:
                 part.unlink(missing_ok=True)
 
-    def _shrink(self) -> None:
-        """Remove what was left half-written, and the least recently used entries beyond the limit."""
-        with (self.folder / "lock").open("a") as lock:
+    def _count(self, nbytes: int) -> None:
+        """Add an entry to the count, and look through the folder where that is beyond the limit or not known."""
+        with (self.folder / "lock").open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = []
-            for file in self.folder.iterdir():
-                with suppress(FileNotFoundError):
-                    status = file.stat()
-                    if file.suffix == SUFFIX:
-                        entries.append((status.st_mtime_ns, status.st_size, file))
-                    elif file.suffix == ".part" and time.time() - status.st_mtime > ABANDONED_SECONDS:
-                        file.unlink()
-            excess = sum(nbytes for _, nbytes, _ in entries) - self.limit
-            for _, nbytes, file in sorted(entries):
-                if excess <= 0:
-                    break
-                file.unlink(missing_ok=True)
-                excess -= nbytes
+            lock.seek(0)
+            counted = lock.read().strip()
+            total = int(counted) + nbytes if counted.isdecimal() and self._looked else self.limit + 1
+            if total > self.limit:
+                total, self._looked = self._shrink(), True
+            lock.truncate(0)
+            lock.write(str(total))
+
+    def _shrink(self) -> int:
+        """Remove what was left half-written and, beyond the limit, the least recently used entries; the bytes left."""
+        entries = []
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                status = file.stat()
+                if file.suffix == SUFFIX:
+                    entries.append((status.st_mtime_ns, status.st_size, file))
+                elif file.suffix == ".part" and time.time() - status.st_mtime > ABANDONED_SECONDS:
+                    file.unlink()
+        total = sum(nbytes for _, nbytes, _ in entries)
+        most = self.limit if total <= self.limit else int((1 - SPARE) * self.limit)
+        for _, nbytes, file in sorted(entries):
+            if total <= most:
+                break
+            file.unlink(missing_ok=True)
+            total -= nbytes
+        return total
 
 
 def _read(entry: Path) -> tuple[dict[str, Any], memoryview] | None:

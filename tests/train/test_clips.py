@@ -15,7 +15,7 @@ import pytest
 import train.clips
 from ivcore.prompt import build_inputs
 from ivcore.video import Clip, decode, probe
-from train.clips import ABANDONED_SECONDS, ClipCache
+from train.clips import ABANDONED_SECONDS, SPARE, ClipCache
 
 MICRO = Path(__file__).resolve().parents[1] / "data/reference/iv3-micro"
 LIMIT = 1 << 20
@@ -133,12 +133,38 @@ def test_the_least_recently_used_entries_go(tmp_path: Path, clip: Path) -> None:
         os.utime(new, ns=(index, index))  # a clock may be too coarse to order them
         known.append(new)
         if index == 2:
-            cache.limit = 3 * known[0].stat().st_size + 2_000  # three of them and what `probe` found
+            left = 3 * known[0].stat().st_size + 2_000  # three of them and what `probe` found
+            cache.limit = int(left / (1 - SPARE))
             use(0)  # a hit, which makes it the latest
             assert known[0].stat().st_mtime_ns > 10
             os.utime(known[0], ns=(10, 10))
     assert [entry.exists() for entry in known] == [True, False, True, True]
     assert sum(entry.stat().st_size for entry in entries(cache)) <= cache.limit
+
+
+def kept(cache: ClipCache) -> int:
+    """Bytes of all entries, those of `probe` among them."""
+    return sum(file.stat().st_size for file in cache.folder.glob("*.clip"))
+
+
+def test_a_write_below_the_limit_looks_at_no_other_entry(
+    cache: ClipCache, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    look = ClipCache._shrink
+    monkeypatch.setattr(ClipCache, "_shrink", lambda self: looks.append(1) or look(self))
+    for frames in range(4, 10):
+        cache.decode(clip, fps=10, min_frames=frames, max_frames=frames, size=small)
+    assert len(looks) == 1  # as the process begins
+    assert int((cache.folder / "lock").read_text()) == kept(cache)
+
+
+@pytest.mark.parametrize("found", ["", "-1", "many"])
+def test_a_count_that_says_nothing_is_made_anew(cache: ClipCache, clip: Path, found: str) -> None:
+    cache.decode(clip, size=small)
+    (cache.folder / "lock").write_text(found)
+    cache.decode(clip, fps=3.0, size=small)
+    assert int((cache.folder / "lock").read_text()) == kept(cache)
 
 
 def test_what_is_larger_than_the_limit_is_not_kept(tmp_path: Path, clip: Path) -> None:
