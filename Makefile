@@ -20,10 +20,10 @@ RUN = $(if $(OPENBLAS),LD_PRELOAD="$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD}") $(
 APT := DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup openblas demo test lint bench tiny-base clean
+.PHONY: help setup openblas demo test lint bench tiny-base tiny-adapters clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 22
 
 setup: $(STAMP) ## make .venv with every direct dependency at its pinned version
 
@@ -38,13 +38,17 @@ lint: setup ## ruff (rules and format) and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(ROOMS)
 
-bench: setup ## measure video sampling, memory and conversion
+bench: setup ## measure video sampling, memory, conversion and training
 	$(RUN) bench/video_sampling.py
 	$(RUN) bench/memory.py
 	$(RUN) bench/convert.py --layers 4
+	$(RUN) bench/train.py
 
 tiny-base: setup ## train iv3-tiny's base from nothing, into build/tiny-base
 	$(RUN) -m train.tiny.base --out build/tiny-base
+
+tiny-adapters: setup ## train LoRAs on that base (sft, rl, distill; three seeds), into build/tiny-adapters
+	$(RUN) -m train.tiny.adapters --base build/tiny-base --out build/tiny-adapters
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist bench/out

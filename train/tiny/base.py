@@ -13,12 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ivcore.errors import IvError
 from ivcore.files import write_beside
@@ -26,6 +21,7 @@ from train.loop import Job
 from train.loop import train as run_stage
 from train.recipe_file import read_recipe
 from train.run_folder import EVALUATIONS, RUN
+from train.tiny.bar import Bar
 from train.tiny.start import write_start
 from train.tiny.tower import train_tower
 from train.toyworld.dataset import write_dataset
@@ -60,7 +56,7 @@ def make_base(out: Path, overrides: list[str]) -> Path:
             write_dataset(data, split, 0, clips, workers=workers, **more)  # type: ignore[arg-type]
     start, tower, run = write_start(out / "start"), out / "tower", out / "sft"
     if not tower.exists():
-        with _Bar("tower") as bar:
+        with Bar("tower") as bar:
             found = train_tower(start, tower, steps=TOWER_STEPS, on_progress=bar)
         write_beside(out / "tower.json", json.dumps(found, indent=1).encode())
         print("tower:", "  ".join(f"{name} {value:.3f}" for name, value in found.items()), file=sys.stderr)
@@ -70,7 +66,7 @@ def make_base(out: Path, overrides: list[str]) -> Path:
             recipe, str(tower), str(data / "train.jsonl"), run, "torch", "float32",
             cache=out / "cache", held_out=str(data / "heldout.jsonl"),
         )  # fmt: skip
-        with _Bar("sft") as bar:
+        with Bar("sft") as bar:
             run_stage(job, resume=(run / RUN).exists(), on_progress=bar)
     return _finish(out, run)
 
@@ -87,33 +83,6 @@ def _finish(out: Path, run: Path) -> Path:
         print(f"{name:<12}{kind['rows']:>6}  {kind['measure']:<10}{kind['value']:>7.3f}{goal if goal else '':>7}")
     print(model)
     return model
-
-
-class _Bar:
-    """Progress on a terminal; elsewhere a line every hundred steps."""
-
-    def __init__(self, name: str) -> None:
-        console = Console(stderr=True, highlight=False)
-        self._terminal = console.is_terminal
-        columns = (
-            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[say]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        self._name, self._display = name, Progress(*columns, console=console, disable=not self._terminal)
-        self._task = self._display.add_task(name, total=None, say="")
-
-    def __enter__(self) -> _Bar:
-        self._display.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._display.stop()
-
-    def __call__(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
-        say = f"loss {metrics['loss']:.3f}"
-        self._display.update(self._task, completed=step, total=steps, say=say)
-        if not self._terminal and step % 100 == 0:
-            print(f"{self._name} {step}/{steps} {say}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
