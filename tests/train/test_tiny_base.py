@@ -107,7 +107,7 @@ def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     monkeypatch.setattr("train.tiny.tower.CLIPS", 2)
     monkeypatch.setattr("train.tiny.tower._MEASURED", 4)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    overrides = ["steps=2", "data.max_tokens=400", "data.window=2"]
+    overrides = ['phases=[{name="all", steps=2}]', "data.max_tokens=400", "data.window=2"]
     model = base.make_base(tmp_path, overrides)
     found = json.loads((model / "base.json").read_text())
     rows = (tmp_path / "data/heldout.jsonl").read_text().splitlines()

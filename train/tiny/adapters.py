@@ -2,7 +2,7 @@
 
 sft       a new kind of question, "before_after", among rows of the kinds that are known
 rl        spans, rewarded by their temporal IoU
-distill   to answer from a quarter of the frames as the base does from all of them
+distill   to answer from one frame a second as the base does from four
 
 OUT/data/            rows and clips
 OUT/<trial>-<seed>/  the runs, as `iv3 train` leaves them
