@@ -27,3 +27,7 @@ class BackendError(IvError):
 
 class TrainingError(IvError):
     """Training data, settings or an adapter that cannot be trained with, or a step that went wrong."""
+
+
+class OtherProcessError(IvError):
+    """Another process of this run has failed. It has no message: process 0 gives the reason, once for all of them."""

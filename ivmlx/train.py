@@ -5,13 +5,16 @@ Notable:
 - Projections run over all tokens of a batch at once; attention stays within a row, and the head and the loss see only
   the places with a weight, in blocks under the memory budget.
 - What is trained has float32 masters where the network computes in bfloat16; gradients are gathered in float32.
-- No random state outlives a step: a dropout mask follows from the seed and the number of the batch.
+- No random state outlives a step: a dropout mask follows from the seed and the number of the batch among those of all
+  processes.
+- Of several processes each gathers the gradient of its own batches; `apply` sums them. Each has all weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from ivmlx.generate import Model
 from ivmlx.lora import add_lora, loras
 from ivmlx.losses import Statistics, weighted_loss
 from ivmlx.model import Visual, straight
+from ivmlx.processes import Processes
 
 STORED = {"float32": "F32", "bfloat16": "BF16"}
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -57,6 +61,8 @@ class Trainer:
     An adapter that `load_adapter` has put on the model is trained on. checkpointing: recompute each decoder layer and
     group of frames in the backward pass instead of keeping their activations. seed: of LoRA's first factors and of the
     dropout masks. trainable: name -> shape, named as in the checkpoint, or `<module>.lora_A.weight` and `lora_B`.
+    processes: with whom the step is shared; all of them must call the same methods in the same order, `logprobs` and
+    `accumulate` apart.
 
     Raises TrainingError for settings that do not fit the model.
     """
@@ -69,9 +75,11 @@ class Trainer:
         optimizer: OptimizerSettings,
         checkpointing: bool = True,
         seed: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         network = model.network
         self.model, self.lora, self.checkpointing = model, lora, checkpointing
+        self.processes = processes or Processes()
         if model.dtype not in STORED:
             raise TrainingError(f"A model in {model.dtype} cannot be trained; load it in bfloat16 or float32.")
         if mx.default_device() == mx.cpu:
@@ -106,8 +114,10 @@ class Trainer:
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """Add a batch's gradient to what `apply` will use; returns `loss` and its statistics, all weighted sums."""
         batch.check(self.model.config)
-        self._draws[1] += 1
-        seeds = np.random.SeedSequence(self._draws.tolist()).generate_state(len(self._loras)).tolist()
+        seed, done = self._draws.tolist()
+        number = done + self.processes.rank + 1
+        self._draws[1] += self.processes.world
+        seeds = np.random.SeedSequence([seed, number]).generate_state(len(self._loras)).tolist()
         for layer, seed in zip(self._loras, seeds, strict=True):
             layer.mask_seed = seed
         frozen = None if self._vision else _encode(self.model, batch, False, False)
@@ -130,13 +140,23 @@ class Trainer:
             self._put(self._parameters)
         return {name: float(np.array(value)) for name, value in {"loss": total, **statistics}.items()}
 
+    def take_part(self) -> None:
+        """Have no batch, where others have one more: nothing to do, since every process has all weights."""
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Within, the model may be used as it likes by each process, and `logprobs` and `tensors` may be called."""
+        return nullcontext()
+
     def apply(self, learning_rate: float, max_norm: float | None) -> float:
         """Take AdamW's step with the gradient gathered, clipped to `max_norm`, and clear it; returns its norm before.
 
-        Raises TrainingError, the weights unchanged, where the norm is not finite.
+        The gradient is that of all processes together. Raises TrainingError, the weights unchanged, where the norm is
+        not finite.
         """
-        gradients = {name: self._gradient(name) for name in self.trainable}
+        self._draws[1] = max(self.processes.gather(int(self._draws[1])))
+        gradients = self.processes.sum({name: self._gradient(name) for name in self.trainable})
         norm = math.sqrt(float(np.array(sum((each.square().sum() for each in gradients.values()), mx.array(0.0)))))
+        norm = self.processes.gather(norm)[0]
         self._gradients = {}
         if not math.isfinite(norm):
             raise TrainingError(f"The gradient's norm is {norm}; the step was not taken. Try a lower learning rate.")
@@ -151,11 +171,11 @@ class Trainer:
         return norm
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The gradient gathered, float32, by the names of `trainable`."""
+        """The gradient gathered, float32, by the names of `trainable`; this process's own."""
         return {name: np.array(self._gradient(name)) for name in self.trainable}
 
     def set_gradients(self, gradients: dict[str, np.ndarray]) -> None:
-        """Put a gradient in place of the one gathered, such as its mean over processes."""
+        """Put a gradient in place of the one gathered."""
         self._gradients = {name: mx.array(gradients[name]) for name in self.trainable}
 
     def logprobs(self, batch: Batch) -> np.ndarray:
@@ -177,7 +197,12 @@ class Trainer:
             self._use(self._masters)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that a new Trainer of the same settings needs to go on from here; gradients gathered are not part."""
+        """All that a new Trainer of the same settings needs to go on from here; gradients gathered are not part.
+
+        It does not depend on how many processes there are; only process 0 has it, for the others it is empty.
+        """
+        if self.processes.rank:
+            return {}
         state = {"steps": np.array(self._steps), "draws": self._draws.copy()}
         for optimizer, group in zip(self._optimizers, self._groups, strict=True):
             for name in group.names:
@@ -188,20 +213,24 @@ class Trainer:
         return state
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from another Trainer's `state()`; TrainingError where it trained something else."""
+        """Go on from another Trainer's `state()`, that of process 0; TrainingError where it trained something else."""
         expected = {f"{key}.{name}": shape for name, shape in self.trainable.items()
                     for key in ("weight", "mean", "square")} | {"steps": (), "draws": (2,)}  # fmt: skip
-        if {name: array.shape for name, array in state.items()} != expected:
+        fits = self.processes.rank > 0 or {name: array.shape for name, array in state.items()} == expected
+        if not all(self.processes.gather(fits)):
             raise TrainingError("The state to go on from is of another model, adapter or recipe.")
-        self._steps, self._draws = int(state["steps"]), state["draws"].copy()
+        counts = None if self.processes.rank else [int(state["steps"]), state["draws"].tolist()]
+        self._steps, draws = self.processes.gather(counts)[0]
+        self._draws = np.array(draws)
         self._gradients = {}
-        self._masters = {name: mx.array(state[f"weight.{name}"]) for name in self.trainable}
         for optimizer, group in zip(self._optimizers, self._groups, strict=True):
-            moments = {
-                name: {"m": mx.array(state[f"mean.{name}"]), "v": mx.array(state[f"square.{name}"])}
-                for name in group.names
-            }
-            optimizer.state = {"step": mx.array(self._steps, mx.uint64), "learning_rate": mx.array(0.0)} | moments
+            optimizer.state = {"step": mx.array(self._steps, mx.uint64), "learning_rate": mx.array(0.0)}
+            for name in group.names:
+                self._masters[name], mean, square = (
+                    mx.array(self.processes.broadcast(state.get(f"{key}.{name}"), self.trainable[name]))
+                    for key in ("weight", "mean", "square")
+                )
+                optimizer.state[name] = {"m": mean, "v": square}
         self._use(self._masters)
 
     def save_adapter(self, path: str | Path) -> None:

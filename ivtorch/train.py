@@ -5,13 +5,17 @@ Notable:
 - Projections run over all tokens of a batch at once; attention stays within a row, and the head and the loss see only
   the places with a weight, in blocks under the memory budget.
 - What is trained has float32 masters where the network computes in bfloat16; gradients are gathered in float32.
-- No random state outlives a step: a dropout mask follows from the seed and the number of the batch.
+- No random state outlives a step: a dropout mask follows from the seed and the number of the batch among those of all
+  processes.
+- Of several processes each gathers the gradient of its own batches; `apply` sums them. Where all weights are trained,
+  FSDP2 shares them out (see `ivtorch.sharding`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ from ivcore.training import (
     Batch,
     LoraSettings,
     Loss,
+    NextToken,
     OptimizerSettings,
     head_block,
     joined_grids,
@@ -43,6 +48,8 @@ from ivtorch.generate import Model
 from ivtorch.lora import add_lora, loras
 from ivtorch.losses import Statistics, weighted_loss
 from ivtorch.model import Visual, straight
+from ivtorch.processes import Processes
+from ivtorch.sharding import Replicated, Sharded
 
 STORED = {"float32": "F32", "bfloat16": "BF16"}
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -54,6 +61,8 @@ class Trainer:
     An adapter that `load_adapter` has put on the model is trained on. checkpointing: recompute each decoder layer and
     group of frames in the backward pass instead of keeping their activations. seed: of LoRA's first factors and of the
     dropout masks. trainable: name -> shape, named as in the checkpoint, or `<module>.lora_A.weight` and `lora_B`.
+    processes: with whom the step is shared; all of them must call the same methods in the same order, `logprobs` and
+    `accumulate` apart where weights are not sharded.
 
     Raises TrainingError for settings that do not fit the model.
     """
@@ -66,9 +75,11 @@ class Trainer:
         optimizer: OptimizerSettings,
         checkpointing: bool = True,
         seed: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         network = model.network
         self.model, self.lora, self.checkpointing = model, lora, checkpointing
+        self.processes = processes or Processes()
         if model.dtype not in STORED:
             raise TrainingError(f"A model in {model.dtype} cannot be trained; load it in bfloat16 or float32.")
         if next(network.parameters()).device.type == "cpu":
@@ -83,13 +94,18 @@ class Trainer:
         parameters = dict(network.named_parameters())
         names = [name for name in parameters if lora is None or name.endswith(FACTORS)]
         self._groups = parameter_groups({name: tuple(parameters[name].shape) for name in names}, optimizer)
-        self._parameters = {name: parameters[name] for group in self._groups for name in group.names}
-        self.trainable = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        names = [name for group in self._groups for name in group.names]
+        self.trainable = {name: tuple(parameters[name].shape) for name in names}
         self._vision = any(name.startswith("model.visual.") for name in self.trainable)
         network.requires_grad_(False)
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(True)
-        self._masters = {name: parameter.detach().float() for name, parameter in self._parameters.items()}
+        for name in names:
+            parameters[name].requires_grad_(True)
+        self._layout = Replicated(self.processes)
+        if lora is None and self.processes.world > 1:
+            self._layout = Sharded(network, self.processes, getattr(torch, model.dtype))
+            parameters = dict(network.named_parameters())
+        self._parameters = {name: parameters[name] for name in names}
+        self._masters = {name: self._layout.own(parameter).float() for name, parameter in self._parameters.items()}
         self._start = {name: master.clone() for name, master in self._masters.items()} if lora else {}
         self._gradients: dict[str, torch.Tensor] = {}
         self._optimizer = torch.optim.AdamW(
@@ -106,31 +122,44 @@ class Trainer:
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """Add a batch's gradient to what `apply` will use; returns `loss` and its statistics, all weighted sums."""
         batch.check(self.model.config)
-        self._draws[1] += 1
-        seeds = np.random.SeedSequence(self._draws.tolist()).generate_state(len(self._loras)).tolist()
+        seed, done = self._draws.tolist()
+        number = done + self.processes.rank + 1
+        self._draws[1] += self.processes.world
+        seeds = np.random.SeedSequence([seed, number]).generate_state(len(self._loras)).tolist()
         for layer, seed in zip(self._loras, seeds, strict=True):
             layer.mask_seed = seed
         try:
-            total, statistics = self._loss(batch, loss)
+            total, statistics = self._layout.run(lambda: self._loss(batch, loss))
             if total.requires_grad:
                 total.backward()
         finally:
             for layer in self._loras:
                 layer.mask_seed = None
-        for name, parameter in self._parameters.items():
-            if (gradient := parameter.grad) is not None:
-                parameter.grad = None
-                held = self._gradients.get(name)
-                self._gradients[name] = gradient.float() if held is None else held.add_(gradient)
+        self._keep_gradient()
         return {name: value.item() for name, value in {"loss": total, **statistics}.items()}
+
+    def take_part(self) -> None:
+        """Have no batch, where others have one more: weights that are sharded are brought together by all or none."""
+        if isinstance(self._layout, Sharded):
+            zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+            batch = Batch(zero, np.zeros((3, 1), np.int32), one, None, None, zero, one.astype(np.float32))
+            total, _ = self._layout.run(lambda: self._loss(batch, NextToken()))
+            (total * 0).backward()
+            self._keep_gradient()
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Within, the model may be used as it likes by each process, and `logprobs` and `tensors` may be called."""
+        return self._layout.unsharded()
 
     def apply(self, learning_rate: float, max_norm: float | None) -> float:
         """Take AdamW's step with the gradient gathered, clipped to `max_norm`, and clear it; returns its norm before.
 
-        Raises TrainingError, the weights unchanged, where the norm is not finite.
+        The gradient is that of all processes together. Raises TrainingError, the weights unchanged, where the norm is
+        not finite.
         """
-        gradients = {name: self._gradient(name) for name in self.trainable}
-        norm = torch.nn.utils.get_total_norm(list(gradients.values())).item()
+        self._draws[1] = max(self.processes.gather(int(self._draws[1])))
+        gradients = self._layout.sum({name: self._gradient(name) for name in self.trainable})
+        norm = self._layout.norm(gradients)
         self._gradients = {}
         if not math.isfinite(norm):
             raise TrainingError(f"The gradient's norm is {norm}; the step was not taken. Try a lower learning rate.")
@@ -146,12 +175,12 @@ class Trainer:
         return norm
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The gradient gathered, float32, by the names of `trainable`."""
-        return {name: self._gradient(name).cpu().numpy().copy() for name in self.trainable}
+        """The gradient gathered, float32, by the names of `trainable`; this process's own where none is sharded."""
+        return {name: self._layout.whole(name, self._gradient(name)).cpu().numpy().copy() for name in self.trainable}
 
     def set_gradients(self, gradients: dict[str, np.ndarray]) -> None:
-        """Put a gradient in place of the one gathered, such as its mean over processes."""
-        self._gradients = {name: self._tensor(gradients[name]) for name in self.trainable}
+        """Put a gradient in place of the one gathered."""
+        self._gradients = {name: self._layout.cut(name, self._tensor(gradients[name])) for name in self.trainable}
 
     def logprobs(self, batch: Batch) -> np.ndarray:
         """As the function of that name, with the weights as they are now."""
@@ -173,30 +202,44 @@ class Trainer:
             self._use(now)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that a new Trainer of the same settings needs to go on from here; gradients gathered are not part."""
+        """All that a new Trainer of the same settings needs to go on from here; gradients gathered are not part.
+
+        It does not depend on how many processes there are; only process 0 has it, for the others it is empty.
+        """
         state = {"steps": np.array(self._steps), "draws": self._draws.copy()}
         for name, master in self._masters.items():
             moments = self._optimizer.state.get(master) or {
                 key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")
             }
-            arrays = {"weight": master, "mean": moments["exp_avg"], "square": moments["exp_avg_sq"]}
-            state |= {f"{key}.{name}": array.cpu().numpy().copy() for key, array in arrays.items()}
-        return state
+            parts = {"weight": master, "mean": moments["exp_avg"], "square": moments["exp_avg_sq"]}
+            for key, part in parts.items():
+                whole = self._layout.whole(name, part)
+                if self.processes.rank == 0:
+                    state[f"{key}.{name}"] = whole.cpu().numpy().copy()
+        return {} if self.processes.rank else state
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from another Trainer's `state()`; TrainingError where it trained something else."""
+        """Go on from another Trainer's `state()`, that of process 0; TrainingError where it trained something else."""
         expected = {f"{key}.{name}": shape for name, shape in self.trainable.items()
                     for key in ("weight", "mean", "square")} | {"steps": (), "draws": (2,)}  # fmt: skip
-        if {name: array.shape for name, array in state.items()} != expected:
+        fits = self.processes.rank > 0 or {name: array.shape for name, array in state.items()} == expected
+        if not all(self.processes.gather(fits)):
             raise TrainingError("The state to go on from is of another model, adapter or recipe.")
-        self._steps, self._draws = int(state["steps"]), state["draws"].copy()
+        counts = None if self.processes.rank else [int(state["steps"]), state["draws"].tolist()]
+        self._steps, draws = self.processes.gather(counts)[0]
+        self._draws = np.array(draws)
         self._gradients = {}
-        for name, master in self._masters.items():
-            master.copy_(self._tensor(state[f"weight.{name}"]))
+        for name, shape in self.trainable.items():
+            weight, mean, square = (
+                self._layout.cut(name, self._tensor(self.processes.broadcast(state.get(f"{key}.{name}"), shape)))
+                for key in ("weight", "mean", "square")
+            )
+            master = self._masters[name]
+            master.copy_(weight)
             self._optimizer.state[master] = {
                 "step": torch.tensor(float(self._steps), device=master.device),
-                "exp_avg": self._tensor(state[f"mean.{name}"]),
-                "exp_avg_sq": self._tensor(state[f"square.{name}"]),
+                "exp_avg": mean,
+                "exp_avg_sq": square,
             }
         self._use(self._masters)
 
@@ -221,7 +264,9 @@ class Trainer:
             raise TrainingError("Only a LoRA is trained; save it as an adapter, and merge it with iv3 convert.")
         parameters = dict(self.model.network.named_parameters())
         for name, spec in self.specs().items():
-            yield name, narrow(parameters[name].detach().float().cpu().numpy(), spec.dtype)
+            # A copy: FSDP2 cannot free memory that it shares with NumPy.
+            whole = parameters[name].detach().to("cpu", torch.float32, copy=True)
+            yield name, narrow(whole.numpy(), spec.dtype)
 
     def _loss(self, batch: Batch, loss: Loss) -> tuple[torch.Tensor, Statistics]:
         model, places = self.model, batch.places
@@ -248,6 +293,14 @@ class Trainer:
             statistics = {name: statistics.get(name, 0) + each for name, each in sums.items()}
         return total, statistics
 
+    def _keep_gradient(self) -> None:
+        """Add the gradient of a backward pass to the one gathered."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                gradient, parameter.grad = self._layout.own(parameter.grad), None
+                held = self._gradients.get(name)
+                self._gradients[name] = gradient.float() if held is None else held.add_(gradient)
+
     def _gradient(self, name: str) -> torch.Tensor:
         held = self._gradients.get(name)
         return torch.zeros_like(self._masters[name]) if held is None else held
@@ -257,8 +310,8 @@ class Trainer:
         """Let the network compute with these weights."""
         for name, parameter in self._parameters.items():
             # A parameter in float32 is its own master.
-            if parameter.data_ptr() != weights[name].data_ptr():
-                parameter.copy_(weights[name])
+            if (own := self._layout.own(parameter)).data_ptr() != weights[name].data_ptr():
+                own.copy_(weights[name])
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return _tensor(self.model, array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from ivcore.hub import resolve
 from ivcore.tokenizer import Tokenizer
 from ivcore.training import Batch, Distill
 from train.packing import first_fit
+from train.processes import ALONE, Processes, agreed, summed
 from train.recipe import DistillRecipe, ResolvedPhase, Teacher
 from train.rollouts import Roller, answer_metrics, at_places, named_rows, packs
 from train.rows import Rows
 from train.samples import Framing, Sample, SampleBuilder
-from train.trainer import Score, Trainer, Update, frozen_score
+from train.trainer import Score, Trainer, Update, accumulate_all, frozen_score
 
 HELD_BYTES = 1 << 30
 """Of what the teacher says of the whole vocabulary, how much is held at a time; that of one answer, if it is more."""
@@ -43,11 +44,18 @@ class DistillStage:
         teacher_builder: SampleBuilder,
         teacher: Score,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._recipe, self._budget, self._builder = recipe, phase.data.max_tokens, builder
         self._teacher_builder, self._teacher = teacher_builder, teacher
         self._roller = Roller(
-            rows, phase, recipe.rollout, lambda row: (builder.prompt(row), teacher_builder.prompt(row)), seed
+            rows,
+            phase,
+            recipe.rollout,
+            lambda row: (builder.prompt(row), teacher_builder.prompt(row)),
+            seed,
+            processes,
         )
 
     def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
@@ -55,27 +63,26 @@ class DistillStage:
 
         Raises TrainingError, naming the rows, for a loss that is not a number.
         """
-        groups = self._last = self._roller.step(trainer.model)
+        processes = self._processes
+        with agreed(processes), trainer.unsharded():
+            groups = self._last = self._roller.step(trainer.model)
         students, teachers = [], []
         for group in groups:
             seen, shown = group.prompts
             for answer in group.answers:
                 students.append(self._builder.rollout(group.row.id, seen, answer.token_ids))
                 teachers.append(self._teacher_builder.rollout(group.row.id, shown, answer.token_ids))
+        total = sum(processes.gather(sum(int(sample.trained.sum()) for sample in students)))
+        batches = self._batches(students, teachers, total, trainer.model.config.text.vocab_size)
         sums: defaultdict[str, float] = defaultdict(float)
-        lengths = [int(sample.trained.sum()) for sample in students]
-        total = sum(lengths)
-        held = HELD_BYTES // (4 * trainer.model.config.text.vocab_size) if self._recipe.vocabulary == "full" else total
-        for portion in first_fit(lengths, held):
-            for indices, batch in packs([students[index] for index in portion], total, self._budget):
-                scores = self._scores([teachers[portion[index]] for index in indices], batch)
-                loss = Distill(scores, self._recipe.forward_share)
-                for name, value in trainer.accumulate(batch, loss).items():
-                    sums[name] += value
-        if not math.isfinite(sums["loss"]):
-            raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
+        for found in accumulate_all(trainer, processes, batches):
+            for name, value in found.items():
+                sums[name] += value
+        with agreed(processes):
+            if not math.isfinite(sums["loss"]):
+                raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
         update()
-        return {**sums, **answer_metrics(groups), "epoch": round(self._roller.epoch, 6)}
+        return {**summed(processes, sums), **answer_metrics(groups, processes), "epoch": self._roller.epoch()}
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""
@@ -86,6 +93,17 @@ class DistillStage:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._roller.load_state(state)
+
+    def _batches(
+        self, students: Sequence[Sample], teachers: Sequence[Sample], total: int, vocab_size: int
+    ) -> Iterator[tuple[Batch, Distill]]:
+        """This process's batches with what the teacher says, one by one; total: tokens of all answers of the step."""
+        lengths = [int(sample.trained.sum()) for sample in students]
+        held = HELD_BYTES // (4 * vocab_size) if self._recipe.vocabulary == "full" else total
+        for portion in first_fit(lengths, held):
+            for indices, batch in packs([students[index] for index in portion], total, self._budget):
+                scores = self._scores([teachers[portion[index]] for index in indices], batch)
+                yield batch, Distill(scores, self._recipe.forward_share)
 
     def _scores(self, samples: Sequence[Sample], batch: Batch) -> np.ndarray:
         """What `Distill` takes for a batch of the student's, from the teacher's samples of the same answers."""

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -124,3 +124,9 @@ class RowStream:
         if missing := [lane for lane in self.lanes if str(lane) not in lanes]:
             raise TrainingError(f"The run was begun with a smaller batch, without lane {missing[0]}; use the same one.")
         self._drawn = {lane: int(lanes[str(lane)]["drawn"]) for lane in self.lanes}
+
+
+def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of a step from those of its processes: the lanes of all of them."""
+    lanes = {lane: where for state in states for lane, where in state["lanes"].items()}
+    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda each: int(each[0])))}

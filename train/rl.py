@@ -15,12 +15,13 @@ from ivcore.errors import TrainingError
 from ivcore.tokenizer import Tokenizer
 from ivcore.training import Batch, Policy
 from train.advantages import counted_rollouts, group_advantages, overlong_penalty
+from train.processes import ALONE, Processes, agreed, by_lane, summed
 from train.recipe import ResolvedPhase, RlRecipe
 from train.rewards import Judge
 from train.rollouts import Group, Roller, answer_metrics, at_places, named_rows, packs
 from train.rows import Rows
 from train.samples import Sample, SampleBuilder
-from train.trainer import Score, Trainer, Update, frozen_score
+from train.trainer import Score, Trainer, Update, accumulate_all, frozen_score
 
 
 class PolicyStage:
@@ -38,40 +39,49 @@ class PolicyStage:
         tokenizer: Tokenizer,
         reference: Score | None,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self._recipe, self._budget, self._builder = recipe, phase.data.max_tokens, builder
         self._tokenizer, self._reference = tokenizer, reference
         self._judge = Judge(recipe.rewards.weights, recipe.rewards.form)
-        self._roller = Roller(rows, phase, recipe.rollout, lambda row: (builder.prompt(row),), seed)
+        self._roller = Roller(rows, phase, recipe.rollout, lambda row: (builder.prompt(row),), seed, processes)
 
     def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
         """Roll out, reward, and call `update` as often as the recipe says; not at all where no group has spread.
 
         Raises TrainingError, naming the rows, for a loss that is not a number.
         """
-        groups = self._last = self._roller.step(trainer.model)
-        rewards, metrics = self._rewards(groups)
-        advantages = group_advantages(rewards, scale_by_std=self._recipe.scale_by_std)
-        cut_off = np.array([[answer.cut_off for answer in group.answers] for group in groups])
-        counted = counted_rollouts(advantages, cut_off, mask_cut_off=self._recipe.mask_cut_off)
-        metrics |= answer_metrics(groups) | {
-            "skipped_groups": advantages.skipped,
-            "epoch": round(self._roller.epoch, 6),
-        }
-        places = [(int(group), int(number)) for group, number in np.argwhere(counted)]
-        if not places:
-            return {**metrics, "updates": 0}
-        samples = [self._sample(groups[group], number) for group, number in places]
-        batches = self._batches(trainer, samples, advantages.values[counted])
+        processes = self._processes
+        with trainer.unsharded():
+            with agreed(processes):
+                groups = self._last = self._roller.step(trainer.model)
+                rewards, kinds = self._rewards(groups)
+            metrics = self._reward_metrics(rewards, kinds) | answer_metrics(groups, processes)
+            advantages = group_advantages(rewards, scale_by_std=self._recipe.scale_by_std)
+            cut_off = np.array([[answer.cut_off for answer in group.answers] for group in groups])
+            counted = counted_rollouts(advantages, cut_off, mask_cut_off=self._recipe.mask_cut_off)
+            metrics |= {
+                "skipped_groups": sum(processes.gather(advantages.skipped)),
+                "epoch": self._roller.epoch(),
+            }
+            places = [(int(group), int(number)) for group, number in np.argwhere(counted)]
+            samples = [self._sample(groups[group], number) for group, number in places]
+            total = sum(processes.gather(sum(int(sample.trained.sum()) for sample in samples)))
+            if not total:
+                return {**metrics, "updates": 0}
+            with agreed(processes):
+                batches = self._batches(trainer, samples, advantages.values[counted], total)
         sums: defaultdict[str, float] = defaultdict(float)
         for _ in range(self._recipe.updates):
-            for batch, loss in batches:
-                for name, value in trainer.accumulate(batch, loss).items():
+            for found in accumulate_all(trainer, processes, batches):
+                for name, value in found.items():
                     sums[name] += value / self._recipe.updates
-            if not math.isfinite(sums["loss"]):
-                raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
+            with agreed(processes):
+                if not math.isfinite(sums["loss"]):
+                    raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
             update()
-        return {**metrics, **sums, "updates": self._recipe.updates}
+        return {**metrics, **summed(processes, sums), "updates": self._recipe.updates}
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""
@@ -83,29 +93,38 @@ class PolicyStage:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._roller.load_state(state)
 
-    def _rewards(self, groups: Sequence[Group]) -> tuple[np.ndarray, dict[str, float]]:
-        """(groups, size): the reward of every answer; and the means, by kind over the answers that have one of it."""
-        rewards, kinds = np.zeros((len(groups), self._recipe.rollout.rollouts)), defaultdict(list)
+    def _rewards(self, groups: Sequence[Group]) -> tuple[np.ndarray, list[dict[str, list[float]]]]:
+        """(groups, size): the reward of every answer; and those of each kind, group by group."""
+        rewards = np.zeros((len(groups), self._recipe.rollout.rollouts))
+        kinds: list[dict[str, list[float]]] = [defaultdict(list) for _ in groups]
         for index, group in enumerate(groups):
             for number, answer in enumerate(group.answers):
                 score = self._judge(group.row, self._tokenizer.decode(answer.token_ids))
                 penalty = overlong_penalty(len(answer), self._recipe.rollout.max_tokens, self._recipe.overlong_buffer)
                 rewards[index, number] = score.total + penalty
                 for kind, reward in score.rewards.items():
-                    kinds[kind].append(reward.value)
-        means = {f"reward_{kind}": float(np.mean(values)) for kind, values in sorted(kinds.items())}
-        return rewards, {"reward": float(rewards.mean()), **means}
+                    kinds[index][kind].append(float(reward.value))
+        return rewards, kinds
+
+    def _reward_metrics(self, rewards: np.ndarray, kinds: list[dict[str, list[float]]]) -> dict[str, float]:
+        """The means over all answers of all processes, by kind over those that have one of it."""
+        found: defaultdict[str, list[float]] = defaultdict(list)
+        for group in by_lane(self._processes, kinds):
+            for kind, values in group.items():
+                found[kind] += values
+        means = {f"reward_{kind}": float(np.mean(values)) for kind, values in sorted(found.items())}
+        return {"reward": float(np.mean(by_lane(self._processes, rewards.tolist()))), **means}
 
     def _sample(self, group: Group, number: int) -> Sample:
         return self._builder.rollout(group.row.id, group.prompts[0], group.answers[number].token_ids)
 
     def _batches(
-        self, trainer: Trainer, samples: Sequence[Sample], advantages: np.ndarray
+        self, trainer: Trainer, samples: Sequence[Sample], advantages: np.ndarray, total: int
     ) -> list[tuple[Batch, Policy]]:
-        """The step's batches, with the log-probabilities of the policy before its first update."""
+        """The step's batches, with the log-probabilities of the policy before its first update; total: of tokens."""
         lengths = np.array([sample.trained.sum() for sample in samples])
         made = []
-        for indices, batch in packs(samples, int(lengths.sum()), self._budget):
+        for indices, batch in packs(samples, total, self._budget):
             loss = Policy(
                 old_logprobs=trainer.logprobs(batch),
                 advantages=at_places(batch, np.repeat(advantages[indices], lengths[indices])),

@@ -20,6 +20,7 @@ from ivcore.sampling import Sampling
 from ivcore.training import Batch
 from train.order import RowStream
 from train.packing import first_fit, to_batch
+from train.processes import ALONE, Processes, by_lane
 from train.recipe import ResolvedPhase, Rollout
 from train.row import Row
 from train.rows import Rows
@@ -65,9 +66,18 @@ class Roller:
     """
 
     def __init__(
-        self, rows: Rows, phase: ResolvedPhase, settings: Rollout, make_prompts: MakePrompts, seed: int
+        self,
+        rows: Rows,
+        phase: ResolvedPhase,
+        settings: Rollout,
+        make_prompts: MakePrompts,
+        seed: int,
+        processes: Processes = ALONE,
     ) -> None:
-        self._stream = RowStream(rows, phase.batch, seed=seed, shares=phase.data.mix)
+        self._processes = processes
+        self._stream = RowStream(
+            rows, phase.batch, seed=seed, shares=phase.data.mix, rank=processes.rank, world=processes.world
+        )
         self._settings, self._make_prompts, self._seed = settings, make_prompts, seed
         self._steps = 0
 
@@ -81,9 +91,9 @@ class Roller:
             groups.append(Group(position, row, prompts, answers))
         return groups
 
-    @property
     def epoch(self) -> float:
-        return self._stream.epoch
+        """How many epochs the lanes of all processes have drawn."""
+        return round(sum(self._processes.gather(self._stream.epoch)) / self._processes.world, 6)
 
     def state(self) -> dict[str, Any]:
         return {**self._stream.state(), "steps": self._steps}
@@ -150,15 +160,18 @@ def at_places(batch: Batch, values: np.ndarray) -> np.ndarray:
     return out
 
 
-def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What was sampled: prompts, tokens, the mean and the largest length of answers, and the share of those cut off."""
-    answers = [answer for group in groups for answer in group.answers]
+def answer_metrics(groups: Sequence[Group], processes: Processes = ALONE) -> dict[str, float]:
+    """What was sampled, by all processes: prompts, tokens, the mean and the largest length of answers, and the share of
+    those cut off."""
+    groups_said = [(group.tokens, [(len(answer), answer.cut_off) for answer in group.answers]) for group in groups]
+    everywhere = by_lane(processes, groups_said)
+    answers = [answer for _, said in everywhere for answer in said]
     return {
-        "rows": len(groups),
-        "tokens": sum(group.tokens for group in groups),
-        "answer_tokens": float(np.mean([len(answer) for answer in answers])),
-        "longest_answer": max(len(answer) for answer in answers),
-        "cut_off": float(np.mean([answer.cut_off for answer in answers])),
+        "rows": len(everywhere),
+        "tokens": sum(tokens for tokens, _ in everywhere),
+        "answer_tokens": float(np.mean([length for length, _ in answers])),
+        "longest_answer": max(length for length, _ in answers),
+        "cut_off": float(np.mean([cut_off for _, cut_off in answers])),
     }
 
 

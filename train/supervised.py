@@ -10,19 +10,29 @@ from ivcore.errors import TrainingError
 from ivcore.training import NextToken
 from train.order import RowStream
 from train.packing import Pack, Packer
+from train.processes import ALONE, Processes, agreed, by_lane, summed
 from train.recipe import CptRecipe, ResolvedPhase, SftRecipe
 from train.rows import Rows
 from train.samples import SampleBuilder
-from train.trainer import Trainer, Update
+from train.trainer import Trainer, Update, accumulate_all
 
 
 class Supervised:
-    """The steps of one phase."""
+    """The steps of one phase, of which this process has its lanes."""
 
     def __init__(
-        self, recipe: CptRecipe | SftRecipe, phase: ResolvedPhase, rows: Rows, builder: SampleBuilder, seed: int
+        self,
+        recipe: CptRecipe | SftRecipe,
+        phase: ResolvedPhase,
+        rows: Rows,
+        builder: SampleBuilder,
+        seed: int,
+        processes: Processes = ALONE,
     ) -> None:
-        self._stream = RowStream(rows, phase.batch, seed=seed, shares=phase.data.mix)
+        self._processes = processes
+        self._stream = RowStream(
+            rows, phase.batch, seed=seed, shares=phase.data.mix, rank=processes.rank, world=processes.world
+        )
         self._packer = Packer(
             self._stream, builder, budget=phase.data.max_tokens, window=phase.data.window, weighting=recipe.weighting
         )
@@ -32,18 +42,24 @@ class Supervised:
 
         Raises TrainingError, naming the rows, for a loss that is not a number.
         """
-        packs = self._packer.step()
-        total = sum(pack.weight for pack in packs)
-        loss = 0.0
-        for pack in packs:
-            found = trainer.accumulate(self._packer.batch(pack, total), NextToken())["loss"]
-            if not math.isfinite(found):
-                raise TrainingError(f"the loss of {self._rows(pack)} is {found}")
-            loss += found
-        rows, tokens = sum(len(pack.rows) for pack in packs), sum(pack.tokens for pack in packs)
-        self.last_packs = packs
+        processes = self._processes
+        with agreed(processes):
+            packs = self.last_packs = self._packer.step()
+        total = sum(by_lane(processes, [pack.weight for pack in packs]))
+        batches = ((self._packer.batch(pack, total), NextToken()) for pack in packs)
+        losses = [found["loss"] for found in accumulate_all(trainer, processes, batches)]
+        with agreed(processes):
+            for pack, loss in zip(packs, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise TrainingError(f"the loss of {self._rows(pack)} is {loss}")
         update()
-        return {"loss": loss, "rows": rows, "tokens": tokens, "epoch": round(self._stream.epoch, 6)}
+        sums = {
+            "rows": sum(len(pack.rows) for pack in packs),
+            "tokens": sum(pack.tokens for pack in packs),
+            "epoch": self._stream.epoch / processes.world,
+        }
+        sums = summed(processes, sums)
+        return {"loss": sum(by_lane(processes, losses)), **sums, "epoch": round(sums["epoch"], 6)}
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""

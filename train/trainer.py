@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ivcore.backend import Model
 from ivcore.shards import TensorSpec
 from ivcore.training import Batch, LoraSettings, Loss, OptimizerSettings
+from train.processes import Processes, agreed
 from train.recipe import Recipe
 
 Update = Callable[[], None]
@@ -30,6 +32,8 @@ class Trainer(Protocol):
     trainable: dict[str, tuple[int, ...]]
 
     def accumulate(self, batch: Batch, loss: Loss) -> dict[str, float]: ...
+    def take_part(self) -> None: ...
+    def unsharded(self) -> AbstractContextManager[None]: ...
     def apply(self, learning_rate: float, max_norm: float | None) -> float: ...
     def gradients(self) -> dict[str, np.ndarray]: ...
     def set_gradients(self, gradients: dict[str, np.ndarray]) -> None: ...
@@ -42,24 +46,45 @@ class Trainer(Protocol):
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]: ...
 
 
-def make_trainer(model: Model, recipe: Recipe) -> Trainer:
-    """The trainer of a loaded model, as a recipe says."""
+def make_trainer(model: Model, recipe: Recipe, processes: Processes | None = None) -> Trainer:
+    """The trainer of a loaded model, as a recipe says; processes: those of the backend, as `join` gives them."""
     return new_trainer(
         model,
         lora=None if recipe.full else recipe.lora.settings(),
         optimizer=recipe.optimizer.settings(),
         checkpointing=recipe.checkpointing,
         seed=recipe.seed,
+        processes=processes,
     )
 
 
-def new_trainer(
-    model: Model, *, lora: LoraSettings | None, optimizer: OptimizerSettings, checkpointing: bool = True, seed: int = 0
-) -> Trainer:
-    """The trainer of the backend that a model runs on."""
+def new_trainer(model: Model, *, lora: LoraSettings | None, optimizer: OptimizerSettings, **how: Any) -> Trainer:
+    """The trainer of the backend that a model runs on; how: its checkpointing, seed and processes."""
     module = importlib.import_module(f"iv{model.backend}.train")
-    trainer: Trainer = module.Trainer(model, lora=lora, optimizer=optimizer, checkpointing=checkpointing, seed=seed)
+    trainer: Trainer = module.Trainer(model, lora=lora, optimizer=optimizer, **how)
     return trainer
+
+
+def accumulate_all(
+    trainer: Trainer, processes: Processes, batches: Iterable[tuple[Batch, Loss]]
+) -> list[dict[str, float]]:
+    """The gradient of all of this process's batches; returns what `accumulate` gives for each.
+
+    They are made one by one, and an error in that is raised on all processes. A process with fewer than another one
+    takes part in the rest with nothing.
+    """
+    source = iter(batches)
+    found: list[dict[str, float]] = []
+    while True:
+        with agreed(processes):
+            given = next(source, None)
+        if not any(processes.gather(given is not None)):
+            return found
+        if given is None:
+            trainer.take_part()
+        else:
+            found.append(trainer.accumulate(*given))
+        del given  # or its pixels would lie beside those of the next one
 
 
 def frozen_score(model: Model, *, full: bool) -> Score:
