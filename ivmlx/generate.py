@@ -59,7 +59,7 @@ class Model:
         return sum(array.nbytes for _, array in leaves)
 
     def peak_bytes(self) -> int:
-        """The most bytes that the backend's allocator has held; 0 where it does not count."""
+        """The most bytes held so far by MLX's allocator, which counts on a CPU too."""
         return int(mx.get_peak_memory())
 
     def new_cache(self) -> Cache:

@@ -9,6 +9,8 @@ Notable:
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
@@ -56,8 +58,12 @@ class Model:
         return sum(array.nbytes for array in self.network.parameters())
 
     def peak_bytes(self) -> int:
-        """The most bytes that the backend's allocator has held; 0 where it does not count."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        """The most bytes held so far: on CUDA by PyTorch's allocator; on a CPU, where that does not count, by the whole
+        process (its peak resident size)."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # KiB, but on macOS bytes
 
     def new_cache(self) -> Cache:
         """An empty cache."""

@@ -6,11 +6,13 @@
     checkpoints/step-000100/    state.safetensors (weights, optimiser), position.json (data, step), adapter/
     adapter/ or model/          the result, when the run is done
 
-A checkpoint is written beside and renamed, so the last good one survives a kill or a full disk.
+A checkpoint is written beside and renamed, so the last good one survives a kill or a full disk. Who trains holds a lock
+on the folder itself, so nothing more lies in it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -19,7 +21,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 from safetensors import SafetensorError
@@ -44,16 +47,22 @@ class Checkpoint:
 
 
 class RunFolder:
-    """One run's files; TrainingError with one sentence for a folder that cannot be used."""
+    """One run's files; TrainingError with one sentence for a folder that cannot be used.
+
+    From the first check on, a folder that exists is this process's: another one that comes to train in it is refused.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: _Lock | None = None
 
     def begin(self, recipe: str, about: Mapping[str, Any]) -> None:
         """Make the folder of a new run."""
         self.check_free()
         try:
-            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.check_free()  # Another process may have come in between; from here on none can.
+            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             self._write(RECIPE, recipe)
             self._write(RUN, json.dumps(dict(about), indent=1) + "\n")
         except OSError as error:
@@ -64,6 +73,8 @@ class RunFolder:
         if not self.path.exists():
             return
         begun = {CHECKPOINTS, RECIPE, f"{RECIPE}.part", f"{RUN}.part"}
+        if self.path.is_dir():
+            self._hold()
         if not self.path.is_dir() or {file.name for file in self.path.iterdir()} - begun:
             raise TrainingError(f"{self.path} exists already; go on with --resume, or name another folder.")
 
@@ -71,6 +82,7 @@ class RunFolder:
         """Whether this run was begun with the same recipe, model and data; names the first difference."""
         if not (self.path / RUN).exists():
             raise TrainingError(f"{self.path} is not the folder of a run; leave --resume out to begin one.")
+        self._hold()
         try:
             then = json.loads((self.path / RUN).read_text(encoding="utf-8"))
             before = tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
@@ -159,11 +171,48 @@ class RunFolder:
             kept = [line for line in lines if (found := _object(line)) is not None and found.get("step", 0) <= step]
             self._write(file.name, "".join(f"{line}\n" for line in kept))
 
+    def _hold(self) -> None:
+        try:
+            self._lock = _Lock.on(self.path)
+        except BlockingIOError:
+            raise TrainingError(f"Another process is training in {self.path}; wait for it, or name another.") from None
+
     def _checkpoint(self, step: int) -> Path:
         return self.path / CHECKPOINTS / f"step-{step:06d}"
 
     def _write(self, name: str, text: str) -> None:
         write_beside(self.path / name, text.encode())
+
+
+class _Lock:
+    """A lock on a folder, which this process has until nothing refers to it or the process ends.
+
+    It is the process's and not the object's: a run that was stopped may go on in the same process while something, such
+    as a traceback, still refers to the first one's folder.
+    """
+
+    _held: ClassVar[WeakValueDictionary[tuple[int, int], _Lock]] = WeakValueDictionary()
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        finalize(self, os.close, descriptor)
+
+    @classmethod
+    def on(cls, folder: Path) -> _Lock:
+        """Lock a folder; BlockingIOError when another process has."""
+        lock = cls(os.open(folder, os.O_RDONLY))
+        found = os.fstat(lock._descriptor)
+        held = cls._held.get((found.st_dev, found.st_ino))
+        if held is not None:
+            return held
+        try:
+            fcntl.flock(lock._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # A file system without locks, as some over a network: nobody is kept from training for that.
+        cls._held[found.st_dev, found.st_ino] = lock
+        return lock
 
 
 def _flat(table: Any, prefix: str = "") -> dict[str, Any]:

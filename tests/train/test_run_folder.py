@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +355,115 @@ def test_a_state_of_other_shapes_is_one_sentence(runs: Any, texts: Path, stopped
 
     save_file({"steps": np.zeros(())}, stopped / "checkpoints" / "step-000004" / "state.safetensors")
     assert "state" in runs.refused(runs.job(stopped, texts, steps=5), resume=True)
+
+
+# Another process.
+
+
+@contextmanager
+def another_process(folder: Path, how: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has come as far in a run's folder as `how` says, and stays there."""
+    act = {
+        "begin": "folder.begin('', {})",
+        "check_free": "folder.check_free()",
+        "check_same": "folder.check_same('', {})",
+    }
+    code = (
+        "import sys\nfrom train.run_folder import RunFolder\nfolder = RunFolder(sys.argv[1])\n"
+        f"try: {act[how]}\nexcept Exception as error: print(error)\nelse: print('in')\n"
+        "sys.stdout.flush()\nsys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        said = process.stdout.readline()
+        assert said == "in\n" or "recipe" in said, said  # of another recipe it is, but there it is
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("how", ["begin", "check_free"])
+def test_a_folder_in_which_another_process_begins_is_refused_until_that_ends(
+    runs: Any, texts: Path, tmp_path: Path, how: str
+) -> None:
+    out = tmp_path / "run"
+    if how == "check_free":
+        out.mkdir()
+    job = runs.job(out, texts, steps=1)
+    with another_process(out, how):
+        for resume in (False, True) if how == "begin" else (False,):
+            sentence = runs.refused(job, resume=resume)
+            assert "nother process" in sentence and str(out) in sentence
+        found = names(out)
+    assert names(out) == found  # it lies nothing in the folder, and takes nothing away
+    shutil.rmtree(out)
+    runs.run(job)
+
+
+def test_a_run_that_another_process_goes_on_with_is_refused_before_the_model_is_read(
+    runs: Any, texts: Path, early: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train.loop
+
+    job, before = runs.job(early, texts, steps=5), runs.files(early)
+    with another_process(early, "check_same") as process:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.loop, "load", lambda *given: pytest.fail("the model was loaded"))
+            for resume in (False, True):
+                assert "nother process" in runs.refused(job, resume=resume)
+        runs.same(runs.files(early), before)
+        process.kill()
+        process.wait()
+        runs.run(job, resume=True)
+    runs.same(runs.outcome(early), runs.outcome(whole))
+
+
+def test_two_processes_that_begin_at_once_do_not_both_train(
+    runs: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find that the folder is not there yet, and load the model; the other one is then first to make it."""
+    import train.loop
+
+    load, out = train.loop.load, tmp_path / "run"
+    with ExitStack() as stack:
+
+        def slowly(*given: Any) -> Any:
+            stack.enter_context(another_process(out, "begin"))
+            return load(*given)
+
+        monkeypatch.setattr(train.loop, "load", slowly)
+        assert "nother process" in runs.refused(runs.job(out, texts))
+        assert names(out) == ["checkpoints", "recipe.toml", "run.json"] and not (out / "recipe.toml").read_text()
+
+
+def test_the_same_process_goes_on_with_its_own_run_whatever_still_refers_to_it(
+    runs: Any, texts: Path, stopped: Path, whole: Path
+) -> None:
+    from train.run_folder import RunFolder
+
+    job = runs.job(stopped, texts, steps=5)
+    before = RunFolder(stopped)
+    before.check_same((stopped / "recipe.toml").read_text(), {})
+    runs.run(job, resume=True)
+    runs.same(runs.outcome(stopped), runs.outcome(whole))
+
+
+def test_a_folder_is_free_again_when_nothing_refers_to_the_run(runs: Any, texts: Path, tmp_path: Path) -> None:
+    runs.run(runs.job(tmp_path / "run", texts, steps=1))
+    with another_process(tmp_path / "run", "check_same"):
+        pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_training(
+    runs: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    runs.run(runs.job(tmp_path / "run", texts, steps=1))
