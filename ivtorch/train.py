@@ -190,14 +190,17 @@ class Trainer:
         """As the function of that name, with the weights as they are now."""
         return token_logprobs_full(self.model, batch)
 
-    def reference_logprobs(self, batch: Batch) -> np.ndarray:
-        """As `logprobs`, with the LoRA that training began with; TrainingError where all weights are trained."""
+    def reference_logprobs(self, batch: Batch, *, full: bool = False) -> np.ndarray:
+        """As `logprobs`, or `token_logprobs_full`, with the LoRA that training began with.
+
+        Raises TrainingError where all weights are trained.
+        """
         if self.lora is None:
             raise TrainingError("All weights are trained, so the model it began from must be loaded beside it.")
         now = {name: master.clone() for name, master in self._masters.items()}
         self._use(self._start)
         try:
-            return logprobs(self.model, batch)
+            return (token_logprobs_full if full else logprobs)(self.model, batch)
         finally:
             self._use(now)
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,15 @@ def teacher_framing(teacher: Teacher, student: Framing) -> Framing:
 def load_teacher(
     recipe: DistillRecipe, trainer: Trainer, base: Path, backend: BackendName, dtype: str | None
 ) -> tuple[Tokenizer, Score]:
-    """The teacher's tokenizer, and how it scores a batch; `base`: what the student was loaded from.
+    """The teacher's tokenizer, and how it scores a batch; `base`: what the student was loaded from, and its own teacher
+    with its LoRA taken off.
 
     Raises TrainingError for a teacher of another vocabulary.
     """
     path, full = resolve(recipe.teacher.model) if recipe.teacher.model else base, recipe.vocabulary == "full"
     tokenizer = Tokenizer.from_dir(path)
-    if not (recipe.teacher.model or full or trainer.lora is None):
-        return tokenizer, trainer.reference_logprobs
+    if not recipe.teacher.model and trainer.lora is not None:
+        return tokenizer, partial(trainer.reference_logprobs, full=full)
     model = load(path, backend, dtype)
     theirs, ours = model.config.text.vocab_size, trainer.model.config.text.vocab_size
     if theirs != ours:

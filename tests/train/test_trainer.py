@@ -195,17 +195,19 @@ def test_a_trained_checkpoint_is_written_and_loads_on_both_backends(one_lab: Any
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
-def test_the_reference_is_the_adapter_that_training_began_with(one_lab: Any, backend: str) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_the_reference_is_the_adapter_that_training_began_with(one_lab: Any, backend: str, full: bool) -> None:
     trainer = one_lab.trainer(backend, LORA)
     fresh = one_lab.trainer(backend, LORA)
-    before = fresh.reference_logprobs(one_lab.batch)
+    before = fresh.reference_logprobs(one_lab.batch, full=full)
     trainer.accumulate(one_lab.batch, NextToken())
     trainer.apply(1e-2, None)
-    now = trainer.logprobs(one_lab.batch)
+    score = trainer.token_logprobs_full if full else trainer.logprobs
+    now = score(one_lab.batch)
     # `randomize` put the numbers of B there by `load_state`: the beginning is the adapter that changes nothing.
-    np.testing.assert_allclose(before, trainer.reference_logprobs(one_lab.batch), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(before, trainer.reference_logprobs(one_lab.batch, full=full), rtol=0, atol=1e-6)
     assert np.abs(now - before).max() > 1e-2
-    np.testing.assert_array_equal(now, trainer.logprobs(one_lab.batch))
+    np.testing.assert_array_equal(now, score(one_lab.batch))
     with pytest.raises(TrainingError, match="loaded beside it"):
         one_lab.trainer(backend, None).reference_logprobs(one_lab.batch)
 
