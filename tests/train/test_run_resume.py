@@ -34,6 +34,19 @@ HOW: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 2, "dropout": 0.25}},
     "full": {"full": True, "learning_rate": {"peak": 1e-3}},
 }
+SAMPLED: dict[str, Any] = {
+    "steps": 5,
+    "learning_rate": {"peak": 1e-2},
+    "lora": {"rank": 2, "dropout": 0.25},
+    "rollout": {"rollouts": 3, "max_tokens": 5},
+    "data": {"max_tokens": 300, "max_frames": 2, "min_frames": 2},
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "cpt": {"stage": "cpt", "steps": 5, "weighting": "token"},
+    "rl": {"stage": "rl", "updates": 2, "kl_weight": 0.1, "rewards": {"weights": {"format": 1.0}, "form": "(?s).*e.*"}}
+    | SAMPLED,
+    "distill": {"stage": "distill", "forward_share": 0.3, "teacher": {"max_frames": 4}} | SAMPLED,
+}
 
 
 # The server.
@@ -258,6 +271,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         assert ended == {"killed": True, "said": ""}
     runs.run(runs.job(out, data, backend, **changes), resume=True)
     runs.same(runs.outcome(out), undisturbed(backend, how))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_other_stage_killed_at_random_moments_ends_with_the_same_bytes(
+    runs: Any, tmp_path: Path, backend: str, stage: str, server: Serve
+) -> None:
+    judged = {"choices": ["this", "that"], "answer": 0}
+    rows = [row | judged for row in (*runs.media_rows(tmp_path), *runs.text_rows(3))]
+    data, changes = runs.write_rows(tmp_path / "all.jsonl", rows), STAGES[stage]
+    whole = runs.job(tmp_path / "whole", data, backend, **changes)
+    runs.run(whole)
+    assert stage != "rl" or any(each["updates"] for each in runs.metrics(whole.out))
+    out, moments = tmp_path / "work" / "run", random.Random(f"{stage} {backend}")
+    for resume, moment in ((False, moments.randint(12, 30)), (True, moments.randint(5, 15))):
+        ended = server(out, data, backend, changes=changes, kill_at=moment, resume=resume)
+        assert ended == {"killed": True, "said": ""}
+    runs.run(runs.job(out, data, backend, **changes), resume=True)
+    runs.same(runs.outcome(out), runs.outcome(whole.out))
 
 
 def resume_or_begin(runs: Any, job: Any) -> None:
