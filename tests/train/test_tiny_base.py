@@ -118,6 +118,12 @@ def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     assert base.make_base(tmp_path, overrides) == model
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "sft").rglob("*")}
     assert "goal" in capsys.readouterr().out
+    for folder in (model, tmp_path / "sft/model"):  # as a kill leaves them
+        (folder / "model.safetensors").unlink()
+    (model / "base.json").unlink()
+    whole = before[tmp_path / "sft/checkpoints"]
+    assert base.make_base(tmp_path, overrides) == model
+    assert tensors(model) and (tmp_path / "sft/checkpoints").stat().st_mtime_ns == whole
 
 
 def test_held_out_clips_answer_every_kind_the_base_learns() -> None:

@@ -55,12 +55,12 @@ def make_base(out: Path, overrides: list[str]) -> Path:
             more = {"shares": shares, "all_kinds": True} if shares else {}
             write_dataset(data, split, 0, clips, workers=workers, **more)  # type: ignore[arg-type]
     start, tower, run = write_start(out / "start"), out / "tower", out / "sft"
-    if not tower.exists():
+    if not (out / "tower.json").exists():  # written last: a folder may have been left half-written
         with Bar("tower") as bar:
             found = train_tower(start, tower, steps=TOWER_STEPS, on_progress=bar)
         write_beside(out / "tower.json", json.dumps(found, indent=1).encode())
         print("tower:", "  ".join(f"{name} {value:.3f}" for name, value in found.items()), file=sys.stderr)
-    if not (run / "model").exists():
+    if not (out / "model/base.json").exists():
         recipe = read_recipe("tiny/base", overrides, stage="sft")
         job = Job(
             recipe, str(tower), str(data / "train.jsonl"), run, "torch", "float32",
