@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from unicodedata import category
 
-from agent.phases import Phases, peak_resident_bytes
+from agent.phases import Phases
 from agent.units import human_bytes
+from ivcore.allocator import peak_resident_bytes
 from ivcore.backend import Model, choose, load
 from ivcore.hub import resolve
 from ivcore.image import is_image

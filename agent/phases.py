@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,9 +94,3 @@ class Phases:
         if phase not in self._tasks:
             self._tasks[phase] = self._progress.add_task(WORDS[phase], total=total)
         self._progress.update(self._tasks[phase], completed=done, total=total)
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has had resident."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

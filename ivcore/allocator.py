@@ -1,13 +1,20 @@
-"""The C library's allocator, told to give large freed blocks back at once, or to keep them for reuse."""
+"""A process's memory: its peak, and the C library's allocator, told to give freed blocks back or to keep them."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 RETURN_BLOCKS_FROM = 2**20
 _KEEP_BLOCKS_BELOW, _KEEP_FREE = 2**25, 2**31 - 1  # the largest that glibc takes
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB, but on macOS bytes
 
 
 def return_freed_blocks() -> None:

@@ -9,13 +9,12 @@ Notable:
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
 
+from ivcore.allocator import peak_resident_bytes
 from ivcore.config import ModelConfig
 from ivcore.errors import BackendError
 from ivcore.inputs import ModelInputs, check_pixels, check_token_ids
@@ -62,8 +61,7 @@ class Model:
         process (its peak resident size)."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # KiB, but on macOS bytes
+        return peak_resident_bytes()
 
     def new_cache(self) -> Cache:
         """An empty cache."""
