@@ -7,7 +7,9 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+
+from agent import cli_train, cli_weights
+from agent.cli_options import Debug, Model, debugging, reset_debugging
 
 app = typer.Typer(
     name="iv3",
@@ -16,20 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-_debug = False
-
-
-def _set_debug(value: bool) -> bool:
-    global _debug
-    _debug = _debug or value
-    return value
-
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
-Model = Annotated[
-    str, typer.Option("--model", "-m", envvar="IV3_MODEL", help="A folder, or a Hugging Face id (owner/name@revision).")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -106,76 +94,6 @@ def info(
 @app.command(
     epilog="""\b
 Examples:
-  iv3 convert yanziang/InternVideo3-8B-Instruct ./iv3-4bit --bits 4
-  iv3 convert ./release ./iv3-mixed --recipe mixed_4_6 --dry-run
-  iv3 convert ./iv3-4bit ./iv3-float --dtype bf16
-  iv3 convert ./release ./merged --adapter ./my-lora"""
-)
-def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, or a Hugging Face id (owner/name@revision).")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="The folder to write; both backends load it.")],
-    bits: Annotated[int | None, typer.Option(help="Quantise to 4 or 8 bits (MLX's affine form).")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="32, 64 (the default) or 128 columns share a scale and a bias.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; as stored by default. Without --bits it dequantises.")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Modules to leave in float, as in lm_head, layers.0 or '*.mlp.*'; may be repeated. The vision tower, "
-            "the projector, norms and biases always stay; kv_b_proj gets 8 bits.",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Mixed bit widths: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT's form) to merge.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Most bytes in a shard, as in 5GB or 500MB.")] = "5GB",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a conversion that was stopped.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace DST, or start a stopped conversion anew.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Cast, quantise or dequantise weights, or merge an adapter, all or nothing."""
-    from agent.convert import convert as run_convert
-    from agent.convert import parse_size
-    from convert.plan import Options
-
-    options = Options(
-        bits=bits,
-        group_size=group_size,
-        dtype=dtype,
-        keep=tuple(keep or ()),
-        recipe=recipe,
-        adapter=adapter,
-        shard_bytes=parse_size(shard_size),
-    )
-    run_convert(source, target, options, dry_run=dry_run, resume=resume, force=force)
-
-
-@app.command(
-    epilog="""\b
-Examples:
-  iv3 verify ./iv3-4bit
-  iv3 verify ./iv3-4bit --json | jq .problems"""
-)
-def verify(
-    path: Annotated[str, typer.Argument(metavar="DIR", help="The folder of a checkpoint.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one object with all that was found.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Check every shard against its header, the manifest and conversion.json; exit 1 if anything is wrong."""
-    from agent.convert import verify as run_verify
-
-    run_verify(path, as_json)
-
-
-@app.command(
-    epilog="""\b
-Examples:
   iv3 parity ./InternVideo3-8B-Instruct --backends mlx,torch
   iv3 parity ./InternVideo3-8B-Instruct ./iv3-4bit --plot 4bit.png --max-kl 0.05
   iv3 parity DIR --dtype float32,bfloat16 --backends torch --json > report.json
@@ -223,109 +141,13 @@ def parity(
     )
 
 
-class _TrainCommands(TyperGroup):
-    """The commands of `iv3 train`; one that does not exist is told what there is."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands:
-            *names, last = self.commands
-            ctx.fail(f"iv3 train has no command {args[0]!r}, only {', '.join(names)} and {last}")
-        return super().resolve_command(ctx, args)
-
-
-train = typer.Typer(
-    name="train",
-    help="Train a LoRA, or all weights, by a recipe; draw the curves of runs.",
-    cls=_TrainCommands,
-    rich_markup_mode=None,
-    epilog="""\b
-Examples:
-  iv3 train sft --recipe mac16-sft --model ./iv3-4bit --data rows.jsonl --out runs/first
-  iv3 train sft --recipe mac16-sft -m ./iv3-4bit --data rows.jsonl --out runs/first --resume
-  iv3 train plot runs/first""",
-)
-app.add_typer(train)
-
-STAGES = {
-    "cpt": "Continue pretraining: next-token loss on the assistant's words.",
-    "sft": "Fine-tune on answers, in phases where a curriculum has them.",
-    "rl": "Sample answers and learn from rewards that rules give.",
-    "distill": "Sample answers and learn from a teacher's scores of them.",
-}
-
-
-@train.callback(invoke_without_command=True)
-def _train(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-        raise typer.Exit(2)
-
-
-def _add_stage(stage: str, purpose: str) -> None:
-    def run(
-        recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe that comes with iv3.")],
-        model: Model,
-        data: Annotated[str, typer.Option(help="JSONL rows, an upstream meta file, or grounding annotations.")],
-        out: Annotated[str, typer.Option(help="The run's folder.")],
-        backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",
-        dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored by default.")] = None,
-        held_out: Annotated[
-            str | None,
-            typer.Option(metavar="FILE", help="Rows to ask and judge, every evaluate_every steps and last."),
-        ] = None,
-        overrides: Annotated[
-            list[str] | None,
-            typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; may be repeated."),
-        ] = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
-        tensorboard: Annotated[
-            bool, typer.Option("--tensorboard", help="Write what TensorBoard shows to RUN/tensorboard.")
-        ] = False,
-        debug: Debug = False,
-    ) -> None:
-        from agent.train import train as run_train
-
-        run_train(
-            stage, recipe, model, data, out,
-            backend=backend, dtype=dtype, overrides=list(overrides or ()), resume=resume, held_out=held_out,
-            tensorboard=tensorboard,
-        )  # fmt: skip
-
-    examples = f"""\b
-Examples:
-  iv3 train {stage} --recipe mac16-{stage} --model ./iv3-4bit --data rows.jsonl --out runs/{stage}
-  iv3 train {stage} --recipe my.toml -m DIR --data rows.jsonl --out runs/{stage} --set learning_rate.peak=1e-5
-  iv3 train {stage} --recipe my.toml -m DIR --data rows.jsonl --out runs/{stage} --resume"""
-    train.command(stage, help=purpose, epilog=examples)(run)
-
-
-for _stage, _purpose in STAGES.items():
-    _add_stage(_stage, _purpose)
-
-
-@train.command(
-    epilog="""\b
-Examples:
-  iv3 train plot runs/first
-  iv3 train plot runs/first runs/second runs/third --out compared.png"""
-)
-def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="The picture; RUN/curves.png where there is one run.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Draw the curves of one or several runs to a PNG."""
-    from train.plot import draw
-
-    print(draw(runs, out))
+app.add_typer(cli_weights.app)
+app.add_typer(cli_train.train)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exit 0, 2 for bad usage, 1 for a failed job, 130 for Ctrl-C. Errors are one line on stderr."""
-    global _debug
-    _debug = False
+    reset_debugging()
     code, message = _outcome(arguments)
     if message:
         print(f"iv3: {message}", file=sys.stderr)
@@ -347,7 +169,7 @@ def _outcome(arguments: list[str] | None) -> tuple[int, str]:
         # Typer's own errors; by their form, because some versions bring a copy of click and some import it.
         if isinstance(code := getattr(error, "exit_code", None), int) and hasattr(error, "format_message"):
             return code, _usage(error)
-        if _debug:
+        if debugging():
             raise
         return 1, _sentence(error)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+from agent.display import Display
 from convert.parity.compare import compare
 from convert.parity.plot import check_plotting, draw
 from convert.parity.report import ParityError
@@ -53,28 +49,3 @@ def run(
         draw(report, plot)
     if missed := report.misses(max_kl, min_agreement):
         raise ParityError(f"{'; '.join(missed)}.")
-
-
-class Display:
-    """A bar on stderr for each thing that is done, while it is done; nothing where stderr is no terminal."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        console = console or Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def show(self, words: str, done: int, total: int) -> None:
-        """The `on_progress` of `compare`."""
-        if words not in self._tasks:
-            self._tasks[words] = self._progress.add_task(words, total=total)
-        self._progress.update(self._tasks[words], completed=done)

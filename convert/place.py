@@ -14,12 +14,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from convert.plan import Plan
 from convert.record import RECORD, Journal, Record, check_same
 from ivcore.errors import CheckpointError
 from ivcore.shards import INDEX, SINGLE
@@ -49,9 +48,8 @@ class Place:
             raise CheckpointError(f"{self.folder} is a mount point, which cannot be replaced; name a folder inside it.")
         self._made: list[Path] = []
 
-    def check_apart_from(self, plan: Plan) -> None:
-        """Neither may hold the other: the one would be in the copy, or be replaced by it."""
-        read = [plan.source.path, *([plan.adapter.path] if plan.adapter else [])]
+    def check_apart_from(self, read: Iterable[Path]) -> None:
+        """Neither may hold what is read nor lie in it: the one would be in the copy, or be replaced by it."""
         for path in (path.expanduser().resolve() for path in read):
             if self.folder == path:
                 raise CheckpointError(f"{self.folder} is what is read; write to another folder.")
@@ -78,10 +76,11 @@ class Place:
                 )
         return None
 
-    def check_room(self, plan: Plan) -> None:
+    def check_room(self, nbytes: int) -> None:
+        """nbytes: of all tensors to be written."""
         parent = next(path for path in self.part.parents if path.exists())
         held = sum(file.stat().st_size for file in self.part.glob("*.safetensors"))
-        need, free = plan.nbytes + SPARE_BYTES - held, shutil.disk_usage(parent).free
+        need, free = nbytes + SPARE_BYTES - held, shutil.disk_usage(parent).free
         if need > free:
             raise CheckpointError(
                 f"{parent} has {free / 1e9:.2f} GB of room, but {need / 1e9:.2f} GB are to be written; free some, or "

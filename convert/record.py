@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from convert.plan import Plan
+from convert.source import Source
 from ivcore.errors import CheckpointError
 from ivcore.files import read_json, write_beside
 
@@ -36,15 +37,21 @@ class ShardRecord:
 
 @dataclass
 class Record:
-    """What conversion.json says: what was asked of what (`request`), and hashes of all that was read and written."""
+    """What conversion.json says: what was asked of what (`request`), and hashes of all that was read and written.
+
+    report: what was found in doing it, where there was something to find.
+    """
 
     request: dict[str, Any]
     sources: dict[str, ShardRecord]
     shards: dict[str, ShardRecord]
     files: dict[str, str]
+    report: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = {"format": FORMAT, **self.request}
+        if self.report:
+            content["report"] = self.report
         content["sources"] = {name: _without_tensors(shard) for name, shard in sorted(self.sources.items())}
         content["shards"] = {name: asdict(shard) for name, shard in sorted(self.shards.items())}
         content["files"] = dict(sorted(self.files.items()))
@@ -65,7 +72,7 @@ class Record:
         del content["format"]
         sources = {name: ShardRecord(**shard) for name, shard in content.pop("sources").items()}
         shards = {name: ShardRecord(**shard) for name, shard in content.pop("shards").items()}
-        return cls(content, sources, shards, content.pop("files"))
+        return cls(content, sources, shards, content.pop("files"), content.pop("report", {}))
 
 
 class Journal:
@@ -120,6 +127,13 @@ class Journal:
         self._append({"what": "source", "name": name, **asdict(shard)})
         self.sources[name] = shard
 
+    def forget_damaged(self) -> None:
+        """Drop the shards that are not there any more as they were written."""
+        for name, shard in list(self.shards.items()):
+            file = self.folder / name
+            if not file.exists() or file.stat().st_size != shard.nbytes or sha256_of(file) != shard.sha256:
+                del self.shards[name]
+
     def remove(self) -> None:
         """End it: everything that it promised is in the record."""
         self.file.unlink()
@@ -168,25 +182,35 @@ def request_of(plan: Plan) -> dict[str, Any]:
     """What is asked: source, revision, options and versions, and the identity of what is read, headers hashed."""
     options = asdict(plan.options)
     del options["adapter"]
-    inputs = {}
-    for file in plan.source.shards:
-        with file.open("rb") as stream:
-            size = stream.read(8)
-            header = size + stream.read(int.from_bytes(size, "little"))
-        inputs[file.name] = {
-            "nbytes": plan.source.stats[file].st_size,
-            "header_sha256": hashlib.sha256(header).hexdigest(),
-        }
     adapter = {file.name: sha256_of(file) for file in plan.adapter.files} if plan.adapter else None
     return {
         "source": plan.source.label,
         "revision": plan.source.revision,
         "options": options | {"keep": list(plan.options.keep)},
         "adapter": adapter,
-        "versions": {"ivmlx": _version(), "numpy": np.__version__},
-        "inputs": inputs,
+        "versions": versions(),
+        "inputs": headers_of(plan.source),
         "config_sha256": hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode()).hexdigest(),
     }
+
+
+def headers_of(source: Source) -> dict[str, dict[str, Any]]:
+    """What tells one source from another without reading it whole: of every shard the size and its header's SHA-256."""
+    headers = {}
+    for file in source.shards:
+        with file.open("rb") as stream:
+            size = stream.read(8)
+            header = size + stream.read(int.from_bytes(size, "little"))
+        headers[file.name] = {
+            "nbytes": source.stats[file].st_size,
+            "header_sha256": hashlib.sha256(header).hexdigest(),
+        }
+    return headers
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a conversion depend on."""
+    return {"ivmlx": _version(), "numpy": np.__version__}
 
 
 def check_same(old: Any, new: Mapping[str, Any], folder: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from convert.place import Place, clear, reason_of, sync
 from convert.plan import Options, Plan, make_plan
-from convert.record import RECORD, Journal, Record, request_of, sha256_of, to_json, write_hashed
-from convert.source import open_source
+from convert.record import RECORD, Journal, Record, request_of, to_json, write_hashed
+from convert.source import Source, open_source
 from convert.stream import Conversion, Progress
 from ivcore.errors import CheckpointError
 from ivcore.shards import INDEX, index_of
@@ -38,10 +38,10 @@ def convert(
     place = Place(target)
     plan = make_plan(open_source(source), options or Options())
     request = request_of(plan)
-    place.check_apart_from(plan)
+    place.check_apart_from([plan.source.path, *([plan.adapter.path] if plan.adapter else [])])
     if done := place.check(request, resume, force):
         return done
-    place.check_room(plan)
+    place.check_room(plan.nbytes)
     if on_plan:
         on_plan(plan)
     with place.locked():
@@ -79,10 +79,7 @@ def _write(plan: Plan, place: Place, request: dict[str, Any], resume: bool, on_p
 
 
 def _finish_shards(plan: Plan, part: Path, journal: Journal, on_progress: Progress | None) -> None:
-    for name, shard in list(journal.shards.items()):
-        file = part / name
-        if not file.exists() or file.stat().st_size != shard.nbytes or sha256_of(file) != shard.sha256:
-            del journal.shards[name]
+    journal.forget_damaged()
     Conversion(plan, part, journal).run(on_progress)
 
 
@@ -92,13 +89,17 @@ def _write_others(plan: Plan, part: Path, journal: Journal, request: dict[str, A
     if len(plan.shards) > 1:
         index = index_of({name: plan.specs(name) for name in plan.shards})
         files[INDEX] = write_hashed(part / INDEX, to_json(index))
-    for file in plan.source.side_files:
-        files[file.name] = write_hashed(part / file.name, _content(file))
+    files |= copy_side_files(plan.source, part)
     record = Record(request, journal.sources, journal.shards, files)
     write_hashed(part / RECORD, to_json(record.to_dict()))
     sync(part)
     journal.remove()
     sync(part)
+
+
+def copy_side_files(source: Source, part: Path) -> dict[str, str]:
+    """Copy tokenizer, templates and the like; file name -> SHA-256."""
+    return {file.name: write_hashed(part / file.name, _content(file)) for file in source.side_files}
 
 
 def _content(file: Path) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from agent.parity import Display
+from agent.display import Display
 from agent.parity_view import show
 from convert.parity import run as run_module
 from convert.parity.compare import compare
