@@ -20,7 +20,7 @@ RUN = $(if $(OPENBLAS),LD_PRELOAD="$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD}") $(
 APT := DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup openblas demo test lint bench tiny-base tiny-adapters clean
+.PHONY: help setup openblas demo test lint bench tiny-base tiny-adapters tiny clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1	/p' Makefile | expand -t 22
@@ -49,6 +49,9 @@ tiny-base: setup ## train iv3-tiny's base from nothing, into build/tiny-base
 
 tiny-adapters: setup ## train LoRAs on that base (sft, rl, distill; three seeds), into build/tiny-adapters
 	$(RUN) -m train.tiny.adapters --base build/tiny-base --out build/tiny-adapters
+
+tiny: setup ## make iv3-tiny of that base (M2LA, cpt, sft, rl, distill; three seeds), into build/tiny
+	$(RUN) -m train.tiny.pipeline --base build/tiny-base --out build/tiny
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist bench/out

@@ -1,0 +1,123 @@
+"""`make tiny`: its steps fit together, and made small the whole of it runs, once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import cli
+from ivcore.config import ModelConfig
+from ivcore.errors import TrainingError
+from train.recipe_file import read_recipe
+from train.tiny import pipeline
+from train.tiny.base import HELDOUT_CLIPS
+from train.tiny.start import write_start
+from train.toyworld.dataset import write_dataset
+
+
+def option(arguments: tuple[str, ...], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_every_step_reads_what_an_earlier_one_made() -> None:
+    base, out = Path("base"), Path("out")
+    made, rows = {base / "model"}, {base / "data/train.jsonl", *(out / f"data/{stage}.json" for stage in pipeline.SETS)}
+    names = []
+    for step in pipeline.steps(base, out, []):
+        training = step.arguments[0] == "train"
+        source = Path(option(step.arguments, "--model") if training else step.arguments[1])
+        assert source in made or source.parent in made, step
+        if training:
+            assert Path(option(step.arguments, "--data")) in rows
+            recipe = option(step.arguments, "--recipe")
+            assert read_recipe(recipe, [], stage=step.arguments[1]).stage == step.arguments[1]  # type: ignore[arg-type]
+        made.add(step.made)
+        names.append(step.name)
+    assert len(set(names)) == len(names)
+    seeds, variants = len(pipeline.SEEDS), len(pipeline.LAYOUTS) * len(pipeline.RATIOS)
+    assert len(names) == variants + seeds * (variants + len(pipeline.CHAIN) + 1) + 1
+
+
+def test_no_recipe_of_continued_pretraining_reads_more_than_a_tenth_of_the_bases_tokens() -> None:
+    base, cpt = read_recipe("tiny/base", [], stage="sft"), read_recipe("tiny/cpt", [], stage="cpt")
+    tokens = [
+        sum(phase.steps * phase.batch * phase.data.max_tokens for phase in recipe.plan()) for recipe in (base, cpt)
+    ]
+    assert tokens[1] <= tokens[0] / 10
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the commands here, which saves the seconds that a new process takes to import a framework; those run."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> Any:
+        assert command[1:3] == ["-m", "agent.cli"] and not check
+        ran.append(command[3:])
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command[3:])
+        return subprocess.CompletedProcess(command, stop.value.code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return ran
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Function that makes all of it, with the least of everything."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("agent.convert_attention.SAMPLES", 4)
+    for name, value in {"SEEDS": (0,), "LAYOUTS": ("norm",), "RATIOS": (2,), "LONG_HELDOUT": 1}.items():
+        monkeypatch.setattr(pipeline, name, value)
+    for name in ("CLIPS", "LONG_CLIPS"):
+        sets = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, {key: (3, shares) for key, (_, shares) in sets.items()})
+    base = tmp_path / "base"
+    write_start(base / "model")
+    write_dataset(base / "data", "train", 0, 3)
+    write_dataset(base / "data", "heldout", HELDOUT_CLIPS, 1)
+    overrides = ["steps=1", "batch=2", "data.max_tokens=600", "data.cache_gib=0.0"]
+
+    def make() -> None:
+        pipeline.make_tiny(base, tmp_path / "out", overrides)
+
+    return make
+
+
+def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
+    small: Callable[[], None], in_this_process: list[list[str]], tmp_path: Path
+) -> None:
+    small()
+    tiny = tmp_path / "out/iv3-tiny"
+    config = ModelConfig.from_dir(tiny)
+    assert config.text.attention == "m2la" and config.quantization is not None and config.quantization.bits == 8
+    assert sum(file.stat().st_size for file in tiny.iterdir()) <= 8_000_000
+    steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [
+        "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0", "iv3-tiny",
+    ]  # fmt: skip
+    assert [step["arguments"] for step in steps] == in_this_process
+    in_this_process.clear()
+    small()
+    assert in_this_process == []
+
+
+def test_a_step_that_fails_is_named_and_gone_on_with(
+    small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: list[str], check: bool) -> Any:
+        (tmp_path / "out/norm-2.part").mkdir(exist_ok=True)
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 130)
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", fail)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="norm-2 ended with exit code 130"):
+            small()
+    assert ["--resume" in command for command in commands] == [False, True]

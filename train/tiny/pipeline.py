@@ -1,0 +1,165 @@
+"""`make tiny`: from iv3-tiny's base to iv3-tiny, every step a command of `iv3`; what is done is not done again.
+
+The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
+new kinds of question; rewards sharpen spans; a teacher that sees four times the frames makes do with few.
+
+OUT/data/                     rows and clips
+OUT/<layout>-<ratio>/         the base, converted
+OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
+OUT/final-<seed>/             the last run's adapter, merged
+OUT/iv3-tiny/                 that of the first seed, in 8 bits
+OUT/steps.jsonl               what was run, and the seconds it took
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ivcore.errors import IvError, TrainingError
+from ivcore.files import write_beside
+from train.run_folder import RUN
+from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
+from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_dataset
+from train.toyworld.script import LONG_SECONDS
+
+SEEDS = (0, 1, 2)
+LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
+CHAIN = ("sft-short", "sft-long", "rl", "distill")
+"""The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
+
+SHORT_SHARES: Mapping[str, float] = {
+    **{kind: 0.65 * share for kind, share in BASE_SHARES.items() if kind != "said"},
+    "said": 0.25,
+    "before_after": 0.15,
+}
+CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
+"""Training clips that the base has not seen, of four seconds."""
+
+LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
+"""Of LONG_SECONDS."""
+
+LONG_HELDOUT = 200
+
+SETS = {
+    "sft-short": ("short",),
+    "sft-long": ("short", "long"),
+    "rl": ("spans", "long-spans"),
+    "distill": ("short", "long"),
+}
+"""What each stage's rows are from."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """arguments: of `iv3`. made: the folder that is there when it is done."""
+
+    name: str
+    arguments: tuple[str, ...]
+    made: Path
+
+
+def main() -> None:
+    """Run what is not done; exit 1 with one sentence where that fails."""
+    parser = argparse.ArgumentParser(description="Make iv3-tiny of its base.")
+    parser.add_argument("--base", type=Path, default=Path("build/tiny-base"), help="the folder of make tiny-base")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny"))
+    parser.add_argument("--only", action="append", help="steps whose names begin with this; may be repeated")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    try:
+        make_tiny(given.base, given.out, given.overrides, tuple(given.only or ("",)))
+    except IvError as error:
+        sys.exit(f"tiny: {error}")
+
+
+def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...] = ("",)) -> None:
+    """Write the data and run the steps; overrides: of the recipes' values."""
+    write_data(out / "data")
+    log = out / "steps.jsonl"
+    done = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
+    for step in steps(base, out, overrides):
+        if not step.name.startswith(only) or (step.name in done and step.made.exists()):
+            continue
+        begun = (step.made / RUN).exists() or step.made.with_name(f"{step.made.name}.part").exists()
+        arguments = [*step.arguments, *(["--resume"] if begun or step.made.exists() else [])]
+        print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        if code := subprocess.run([sys.executable, "-m", "agent.cli", *arguments], check=False).returncode:
+            raise TrainingError(f"The step {step.name} ended with exit code {code}; run it again, it goes on.")
+        seconds = round(time.monotonic() - started, 1)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step.name, "seconds": seconds, "arguments": arguments}) + "\n")
+
+
+def write_data(data: Path) -> None:
+    """The rows and clips of all stages, and a file for each that names its sets."""
+    workers = os.cpu_count() or 1
+    for name, (clips, shares) in CLIPS.items():
+        if not (data / name / "train.jsonl").exists():
+            write_dataset(data / name, "train", TRAIN_CLIPS, clips, shares=shares, workers=workers)
+    for name, (clips, shares) in LONG_CLIPS.items():
+        if not (data / name / "train.jsonl").exists():
+            write_dataset(
+                data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
+            )
+    if not (data / "long/heldout.jsonl").exists():
+        write_dataset(
+            data / "long", "heldout", HELDOUT_CLIPS, LONG_HELDOUT,
+            shares=LONG_SHARES, duration=LONG_SECONDS, all_kinds=True, workers=workers,
+        )  # fmt: skip
+    for stage, names in SETS.items():
+        files = {name: (data / name / "train.jsonl").resolve() for name in names}
+        meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
+        write_beside(data / f"{stage}.json", json.dumps(meta).encode())
+
+
+def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
+    """All of it, in an order in which each finds what it needs."""
+    variants = [f"{layout}-{ratio}" for layout in LAYOUTS for ratio in RATIOS]
+    for variant in variants:
+        layout, ratio = variant.split("-")
+        yield Step(
+            variant,
+            ("convert", str(base / "model"), str(out / variant), "--attention", "m2la", "--cache-ratio", ratio,
+             "--layout", layout, "--backend", "torch"),
+            out / variant,
+        )  # fmt: skip
+    for seed in SEEDS:
+        for variant in variants:
+            rows = base / "data/train.jsonl"
+            yield _training("cpt", f"{variant}-cpt-{seed}", out / variant, rows, out, seed, overrides)
+        before = out / f"{variants[0]}-cpt-{seed}/model"
+        for stage in CHAIN:
+            name = f"{stage}-{seed}"
+            yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, overrides)
+            before = out / name / "model" if stage != CHAIN[-1] else before
+        final = out / f"final-{seed}"
+        adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
+        yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
+    tiny = out / "iv3-tiny"
+    quantised = ("--bits", "8", "--group-size", "32", "--dtype", "bf16")
+    yield Step(tiny.name, ("convert", str(out / f"final-{SEEDS[0]}"), str(tiny), *quantised), tiny)
+
+
+def _training(stage: str, name: str, model: Path, rows: Path, out: Path, seed: int, overrides: list[str]) -> Step:
+    command, *_ = stage.split("-")
+    changed = [argument for each in (f"seed={seed}", *overrides) for argument in ("--set", each)]
+    return Step(
+        name,
+        ("train", command, "--recipe", f"tiny/{stage}", "--model", str(model), "--data", str(rows),
+         "--out", str(out / name), "--backend", "torch", "--dtype", "float32", *changed),
+        out / name,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
