@@ -253,10 +253,11 @@ def rotate(x: mx.array, step: Step, interleaved: bool) -> mx.array:
     """Rotary embedding of x (B, S, heads, dr): pairs are (i, i + dr/2), or (2i, 2i + 1) and de-interleaved first."""
     half = x.shape[-1] // 2
     wide = x.astype(mx.float32)
-    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    cos, sin = step.cos[:, None], step.sin[:, None]
-    rotated = mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    if interleaved:
+        wide = mx.concatenate([wide[..., 0::2], wide[..., 1::2]], axis=-1)
+    turned = mx.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
+    cos, sin = (mx.concatenate([each, each], axis=-1)[:, None] for each in (step.cos, step.sin))
+    return (wide * cos + turned * sin).astype(x.dtype)
 
 
 def attend(

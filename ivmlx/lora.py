@@ -39,8 +39,9 @@ class LoraLinear(nn.Module):
         self.mask_seed: int | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        low = self._masked(x) @ self.lora_A.weight.astype(x.dtype).T * self.scale
-        return self.base(x) + low @ self.lora_B.weight.astype(x.dtype).T
+        y = self.base(x)
+        low = self._masked(x) @ self.lora_A.weight.astype(x.dtype).T
+        return mx.addmm(y, low, self.lora_B.weight.astype(x.dtype).T, alpha=self.scale)
 
     def delta(self) -> mx.array:
         """What the weight gains, (out, in), in the dtype that the layer computes in."""

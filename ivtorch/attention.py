@@ -253,10 +253,11 @@ def rotate(x: torch.Tensor, step: Step, interleaved: bool) -> torch.Tensor:
     """Rotary embedding of x (B, S, heads, dr): pairs are (i, i + dr/2), or (2i, 2i + 1) and de-interleaved first."""
     half = x.shape[-1] // 2
     wide = x.float()
-    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    cos, sin = step.cos[:, None], step.sin[:, None]
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+    if interleaved:
+        wide = torch.cat([wide[..., 0::2], wide[..., 1::2]], dim=-1)
+    turned = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
+    cos, sin = (torch.cat([each, each], dim=-1)[:, None] for each in (step.cos, step.sin))
+    return (wide * cos + turned * sin).to(x.dtype)
 
 
 def attend(

@@ -37,8 +37,9 @@ class LoraLinear(nn.Module):
         self.mask_seed: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = F.linear(self._masked(x), self.lora_A.weight.to(x.dtype)) * self.scale
-        return self.base(x) + F.linear(low, self.lora_B.weight.to(x.dtype))
+        y = self.base(x)
+        low = F.linear(self._masked(x), self.lora_A.weight.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.weight.to(x.dtype).T, alpha=self.scale).view_as(y)
 
     def delta(self) -> torch.Tensor:
         """What the weight gains, (out, in), in the dtype that the layer computes in."""
