@@ -33,11 +33,12 @@ FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
 class Packing:
     """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
 
-    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups.
+    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups; None
+    where all rows are of one length, and the tokens stand as they came.
     """
 
     groups: list[mx.array]
-    back: mx.array
+    back: mx.array | None
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,10 @@ def attend_rows(
     """
     parts = []
     for index in packing.groups:
-        q, k, v = (mx.take(each[0], index, axis=1).swapaxes(0, 1) for each in (queries, keys, values))
+        taken = [
+            each[0] if packing.back is None else mx.take(each[0], index, axis=1) for each in (queries, keys, values)
+        ]
+        q, k, v = (each.reshape(each.shape[0], *index.shape, -1).swapaxes(0, 1) for each in taken)
         rows, heads, longest, _ = q.shape
         block = vision_query_block(rows, heads, longest, budget)
         whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal")
@@ -316,7 +320,8 @@ def attend_rows(
         ]
         joined = mx.concatenate(attended, axis=2)
         parts.append(joined.swapaxes(0, 1).reshape(heads, rows * longest, -1))
-    return mx.take(mx.concatenate(parts, axis=1), packing.back, axis=1)[None]
+    everything = parts[0] if packing.back is None else mx.take(mx.concatenate(parts, axis=1), packing.back, axis=1)
+    return everything[None]
 
 
 def dense_weight(linear: nn.Module) -> mx.array:

@@ -335,7 +335,8 @@ def hidden_states(model: Model, batch: Batch, visual: Visual | None, *, recomput
     """
     cos, sin = text_rope(model.config.text, batch.position_ids)
     groups, back = row_groups(batch.lengths)
-    packing = Packing([mx.array(group) for group in groups], mx.array(back))
+    even = (batch.lengths == batch.lengths[0]).all()
+    packing = Packing([mx.array(group) for group in groups], None if even else mx.array(back))
     step = Step(mx.array(cos), mx.array(sin), 0, 0, model.memory_budget, packing=packing)
     decoder, token_ids = model.network.model.language_model, mx.array(batch.token_ids)[None]
     hidden = decoder(token_ids, step, model.new_cache(), visual, run=_recomputed if recompute else straight)

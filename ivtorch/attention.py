@@ -33,11 +33,12 @@ Form = Literal["auto", "expanded", "absorbed"]
 class Packing:
     """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
 
-    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups.
+    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups; None
+    where all rows are of one length, and the tokens stand as they came.
     """
 
     groups: list[torch.Tensor]
-    back: torch.Tensor
+    back: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -309,12 +310,12 @@ def attend_rows(
     padded = [F.pad(each, (0, by)) if by else each for each, by in zip((queries, keys, values), short, strict=True)]
     parts = []
     for index in packing.groups:
-        q, k, v = (
-            each[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1) for each in padded
-        )
+        taken = padded if packing.back is None else [each.index_select(2, index.flatten()) for each in padded]
+        q, k, v = (each[0].unflatten(1, index.shape).transpose(0, 1) for each in taken)
         attended = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)
         parts.append(attended.transpose(0, 1).flatten(1, 2))  # (H, rows * longest, widest)
-    return torch.cat(parts, dim=1).index_select(1, packing.back)[None, ..., :width]
+    whole = parts[0] if packing.back is None else torch.cat(parts, dim=1).index_select(1, packing.back)
+    return whole[None, ..., :width]
 
 
 def dense_weight(linear: nn.Linear | LoraLinear) -> torch.Tensor:

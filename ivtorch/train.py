@@ -356,7 +356,8 @@ def hidden_states(model: Model, batch: Batch, visual: Visual | None, *, recomput
     """
     cos, sin = text_rope(model.config.text, batch.position_ids)
     groups, back = row_groups(batch.lengths)
-    packing = Packing([_tensor(model, group) for group in groups], _tensor(model, back))
+    even = (batch.lengths == batch.lengths[0]).all()
+    packing = Packing([_tensor(model, group) for group in groups], None if even else _tensor(model, back))
     step = Step(_tensor(model, cos), _tensor(model, sin), 0, 0, model.memory_budget, packing=packing)
     decoder, token_ids = model.network.model.language_model, _tensor(model, batch.token_ids)[None]
     hidden = decoder(token_ids, step, model.new_cache(), visual, run=_recomputed if recompute else straight)

@@ -98,8 +98,7 @@ def test_the_backends_agree_on_random_configs(attention: str, data: Any, tools: 
             close(mlx, torch, tools)
 
 
-@pytest.mark.parametrize("lora", [EVERYWHERE, None], ids=["lora", "full"])
-def test_packed_rows_equal_rows_alone(lab: Any, backend: str, lora: LoraSettings | None, tools: Any) -> None:
+def check_rows_alone(lab: Any, backend: str, lora: LoraSettings | None, tools: Any) -> None:
     loss, config = lab.loss("policy with a reference"), ModelConfig.from_dir(lab.path)
     packed = step(lab.trainer(backend, lora), lab.batch, loss)
     alone, sums = lab.trainer(backend, lora), dict.fromkeys(packed[0], 0.0)
@@ -109,6 +108,20 @@ def test_packed_rows_equal_rows_alone(lab: Any, backend: str, lora: LoraSettings
         for name, value in alone.accumulate(batch, replace(loss, **arrays)).items():
             sums[name] += value
     close((sums, alone.gradients()), packed, tools)
+
+
+@pytest.mark.parametrize("lora", [EVERYWHERE, None], ids=["lora", "full"])
+def test_packed_rows_equal_rows_alone(lab: Any, backend: str, lora: LoraSettings | None, tools: Any) -> None:
+    check_rows_alone(lab, backend, lora, tools)
+
+
+@pytest.mark.parametrize("checkpoint", ["iv3-micro", "qwen3vl-micro"])
+def test_packed_rows_of_one_length_equal_rows_alone(checkpoint: str, backend: str, tools: Any) -> None:
+    """They stand as they came, so nothing is gathered."""
+    path, random = tools.lab_of(checkpoint).path, np.random.default_rng(3)
+    rows = [tools.Row(random.integers(0, 200, 11).astype(np.int32)) for _ in range(3)]
+    lab = tools.Lab(path, tools.pack(ModelConfig.from_dir(path), rows, 3))
+    check_rows_alone(lab, backend, EVERYWHERE, tools)
 
 
 def test_a_loss_is_linear_in_its_weights(backend: str, kind: str, tools: Any) -> None:
