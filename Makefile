@@ -11,7 +11,8 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; d
 	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
 
 # MLX's Linux wheel brings the reference BLAS: a float32 matrix product is some thirty times slower than with OpenBLAS.
-# Looked up when a recipe runs, since `setup` may have installed it a moment before.
+# PyTorch brings its own, and with OpenBLAS in its place has two sets of threads that wait for each other: what runs on
+# PyTorch alone gets none. Looked up when a recipe runs, since `setup` may have installed it a moment before.
 OPENBLAS = $(shell [ "$$(uname)" = Linux ] && { \
 	ls "/usr/lib/$$(uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0" 2>/dev/null; \
 	PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | sed -n 's/.*libopenblasp\{0,1\}\.so\.0 .*=> //p'; } | head -n 1)
@@ -30,8 +31,9 @@ setup: $(STAMP) ## make .venv with every direct dependency at its pinned version
 demo: setup ## decode a video and answer a question about it on both backends
 	@$(RUN) -m agent.demo
 
+# Two processes of one thread each, which take test files in turns: with more threads they get in each other's way.
 test: setup ## run the tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 lint: setup ## ruff (rules and format) and mypy
 	$(PY) -m ruff check .
@@ -45,13 +47,13 @@ bench: setup ## measure video sampling, memory, conversion and training
 	$(RUN) bench/train.py
 
 tiny-base: setup ## train iv3-tiny's base from nothing, into build/tiny-base
-	$(RUN) -m train.tiny.base --out build/tiny-base
+	$(PY) -m train.tiny.base --out build/tiny-base
 
 tiny-adapters: setup ## train LoRAs on that base (sft, rl, distill; three seeds), into build/tiny-adapters
-	$(RUN) -m train.tiny.adapters --base build/tiny-base --out build/tiny-adapters
+	$(PY) -m train.tiny.adapters --base build/tiny-base --out build/tiny-adapters
 
 tiny: setup ## make iv3-tiny of that base (M2LA, cpt, sft, rl, distill; three seeds), into build/tiny
-	$(RUN) -m train.tiny.pipeline --base build/tiny-base --out build/tiny
+	$(PY) -m train.tiny.pipeline --base build/tiny-base --out build/tiny
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist bench/out

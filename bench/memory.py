@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def rows(
     for size in sizes:
         command = [sys.executable, "-m", "bench.memory", "--measure", backend, str(folder), what, str(size),
                    "visual" if visual else "text"]  # fmt: skip
-        result = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, env=environment(backend))
+        result = json.loads(done.stdout)
         working = result["peak"] - result["before"] - result["kept"]
         first = first or working
         ratio = working / first
@@ -117,6 +119,15 @@ def video_inputs(config, frames: int):  # type: ignore[no-untyped-def]
     patches = Patches([clip], ProcessorConfig())
     run = [7, *[config.video_token_id] * TOKENS_PER_PATCH_GRID, 8]
     return ModelInputs(np.array(run * (frames // 2), np.int32), patches, patches.grid_thw)
+
+
+def environment(side: str) -> dict[str, str]:
+    """Of a process that runs `side`: OpenBLAS is preloaded for MLX alone.
+
+    PyTorch would take its matrix products from it, too, and its threads and those of OpenMP wait for each other: on two
+    cores a step of training then takes ten times as long.
+    """
+    return {name: value for name, value in os.environ.items() if side == "mlx" or name != "LD_PRELOAD"}
 
 
 def reset_peak() -> float:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.memory import peak, reset_peak
+from bench.memory import environment, peak, reset_peak
 from bench.synthetic import SMALL, medium_config, random_batch, write_random
 from ivcore.adapter import write_adapter
 from ivcore.checkpoint import manifest
@@ -105,7 +105,12 @@ def compare(sides: list[str], folder: Path, case: Case, steps: int) -> bool:
     given = json.dumps(asdict(case))
     workers = {
         side: subprocess.Popen(
-            [*command, side, str(folder), given], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*command, side, str(folder), given],
+            cwd=ROOT,
+            text=True,
+            env=environment(side),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         for side in sides
     }
