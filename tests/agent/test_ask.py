@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_an_answer_that_cannot_be_written_is_a_failed_job(make_clip: MakeClip) -
 
 def test_ctrl_c_stops_with_exit_code_130(make_clip: MakeClip) -> None:
     options = ("-m", MICRO, "--max-tokens", 10**6)  # goes on for long, while a sampled answer may end at once
-    process = command("ask", make_clip(), "What?", *options, stdout=subprocess.PIPE)
+    # A shell's background job, as these tests may be one, has its children ignore the signal.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command("ask", make_clip(), "What?", *options, stdout=subprocess.PIPE, preexec_fn=heed)
     assert process.stdout is not None
     process.stdout.read(1)  # it has begun to answer
     process.send_signal(signal.SIGINT)
