@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.parity.plot import COLOURS, check_plotting
+from convert.parity.plot import COLOURS, check_plotting, save
 
 MOST_LEVEL_LABELS = 12
 """Layers whose ranks can be written side by side."""
@@ -58,13 +57,7 @@ def draw(report: Mapping[str, Any], file: str | Path, title: str) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    target = Path(file)
-    part = target.with_name(f"{target.name}.part")
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    save(figure, file)
 
 
 def _headline(report: Mapping[str, Any], title: str) -> str:

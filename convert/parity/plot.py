@@ -50,6 +50,11 @@ def draw(report: Report, file: str | Path) -> None:
         _draw_comparison(axes, comparison, report.title(comparison.run), COLOURS[index % len(COLOURS)], floor)
     axes.set_title(f"Error against depth; reference: {report.reference}", loc="left", fontsize=12)
     _legend(figure, axes)
+    save(figure, file)
+
+
+def save(figure: Any, file: str | Path) -> None:
+    """Write a figure as a PNG, beside and renamed, so that `file` is whole or as it was."""
     target = Path(file)
     part = target.with_name(f"{target.name}.part")
     try:

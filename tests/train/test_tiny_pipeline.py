@@ -121,3 +121,23 @@ def test_a_step_that_fails_is_named_and_gone_on_with(
         with pytest.raises(TrainingError, match="norm-2 ended with exit code 130"):
             small()
     assert ["--resume" in command for command in commands] == [False, True]
+
+
+def test_a_run_that_was_stopped_before_it_wrote_anything_is_begun_anew(
+    small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def stop_at_training(command: list[str], check: bool) -> Any:
+        commands.append(command)
+        training = "train" in command
+        made = Path(option(tuple(command), "--out")) if training else tmp_path / "out/norm-2"
+        made.mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(command, int(training))
+
+    monkeypatch.setattr(subprocess, "run", stop_at_training)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="norm-2-cpt-0 ended"):
+            small()
+    assert [command[3] for command in commands] == ["convert", "train", "train"]
+    assert not any("--resume" in command for command in commands)

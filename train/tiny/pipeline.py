@@ -89,8 +89,7 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
     for step in steps(base, out, overrides):
         if not step.name.startswith(only) or (step.name in done and step.made.exists()):
             continue
-        begun = (step.made / RUN).exists() or step.made.with_name(f"{step.made.name}.part").exists()
-        arguments = [*step.arguments, *(["--resume"] if begun or step.made.exists() else [])]
+        arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
         started = time.monotonic()
         if code := subprocess.run([sys.executable, "-m", "agent.cli", *arguments], check=False).returncode:
@@ -98,6 +97,13 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
         seconds = round(time.monotonic() - started, 1)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step.name, "seconds": seconds, "arguments": arguments}) + "\n")
+
+
+def _begun(step: Step) -> bool:
+    """Whether there is something to go on with: a run's folder has nothing before its run.json is there."""
+    if step.arguments[0] == "train":
+        return (step.made / RUN).exists()
+    return step.made.exists() or step.made.with_name(f"{step.made.name}.part").exists()
 
 
 def write_data(data: Path) -> None:
