@@ -7,7 +7,7 @@ OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/final-<seed>/             the last run's adapter, merged
-OUT/iv3-tiny/                 that of the first seed, in 8 bits
+OUT/iv3-tiny/                 that of the first seed, in 8 bits beside float16
 OUT/steps.jsonl               what was run, and the seconds it took
 """
 
@@ -29,7 +29,8 @@ from ivcore.files import write_beside
 from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_dataset
-from train.toyworld.script import LONG_SECONDS
+from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS
+from train.toyworld.texts import write_texts
 
 SEEDS = (0, 1, 2)
 LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
@@ -47,11 +48,19 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-LONG_HELDOUT = 200
+TEXTS = 6_000
+"""Transcripts without a clip, each with questions about all of its lines."""
+
+HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
+    "long": (200, LONG_SHARES, LONG_SECONDS),
+    "new": (200, {"before_after": 1.0}, SHORT_SECONDS),
+    "said": (300, {"said": 1.0}, SHORT_SECONDS),
+}
+"""Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 SETS = {
-    "sft-short": ("short",),
-    "sft-long": ("short", "long"),
+    "sft-short": ("short", "texts"),
+    "sft-long": ("short", "texts", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }
@@ -117,15 +126,19 @@ def write_data(data: Path) -> None:
             write_dataset(
                 data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
             )
-    if not (data / "long/heldout.jsonl").exists():
-        write_dataset(
-            data / "long", "heldout", HELDOUT_CLIPS, LONG_HELDOUT,
-            shares=LONG_SHARES, duration=LONG_SECONDS, all_kinds=True, workers=workers,
-        )  # fmt: skip
+    if not (data / "texts/train.jsonl").exists():
+        write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
+    for name, (clips, shares, duration) in HELDOUT.items():
+        if not (data / name / "heldout.jsonl").exists():
+            write_dataset(
+                data / name, "heldout", HELDOUT_CLIPS, clips,
+                shares=shares, duration=duration, all_kinds=True, workers=workers,
+            )  # fmt: skip
     for stage, names in SETS.items():
         files = {name: (data / name / "train.jsonl").resolve() for name in names}
         meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
-        write_beside(data / f"{stage}.json", json.dumps(meta).encode())
+        if not (file := data / f"{stage}.json").exists():
+            write_beside(file, json.dumps(meta).encode())
 
 
 def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
@@ -152,7 +165,7 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
         yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
     tiny = out / "iv3-tiny"
-    quantised = ("--bits", "8", "--group-size", "32", "--dtype", "bf16")
+    quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
     yield Step(tiny.name, ("convert", str(out / f"final-{SEEDS[0]}"), str(tiny), *quantised), tiny)
 
 
