@@ -45,9 +45,14 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
                 packed = kind == "weight" and f"{module}.scales" in checkpoint.specs
                 if kind in ("scales", "biases") or (config.tie_word_embeddings and name.startswith("lm_head.")):
                     continue
-                stored = _dequantize(checkpoint, config, module, device) if packed else tensors.get_tensor(name)
-                array = stored.to(DTYPES[dtype])
+                if packed:
+                    array = _dequantize(checkpoint, config, module, DTYPES[dtype]).to(device)
+                else:
+                    array = tensors.get_tensor(name).to(DTYPES[dtype])
                 if not torch.isfinite(array).all():
+                    stored = (
+                        _dequantize(checkpoint, config, module, torch.float32) if packed else tensors.get_tensor(name)
+                    )
                     if torch.isfinite(stored).all():
                         raise BackendError(f"{file}: {name} has values beyond {dtype}; use float32 or bfloat16.")
                     raise CheckpointError(f"{file}: {name} holds NaN or infinity; convert or download it again.")
@@ -56,9 +61,9 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     return Model(network, config, dtype, stop_ids(path))
 
 
-def _dequantize(checkpoint: Checkpoint, config: ModelConfig, module: str, device: str) -> torch.Tensor:
+def _dequantize(checkpoint: Checkpoint, config: ModelConfig, module: str, dtype: torch.dtype) -> torch.Tensor:
     """The dense matrix of a module in MLX's affine form: codes, a stream of bits from the lowest on, times a group's
-    scale plus its bias."""
+    scale plus its bias. Rounded once, to `dtype`, as MLX's products in it have it."""
     setting = config.quantization.of_module(module) if config.quantization else None
     if setting is None:
         raise CheckpointError(f"{checkpoint.path}: {module} is packed, but config.json has no quantization for it.")
@@ -66,13 +71,13 @@ def _dequantize(checkpoint: Checkpoint, config: ModelConfig, module: str, device
     scales, biases = (_read(checkpoint, f"{module}.{name}") for name in ("scales", "biases"))
     packed = checkpoint.read(f"{module}.weight").view(np.uint8)
     places = (1 << np.arange(bits)).astype(np.uint8)
-    dense = torch.empty(scales.shape[0], scales.shape[1] * group_size, dtype=scales.dtype)
+    dense = torch.empty(scales.shape[0], scales.shape[1] * group_size, dtype=dtype)
     for start in range(0, len(packed), UNPACK_ROWS):
         rows = slice(start, start + UNPACK_ROWS)
         stream = np.unpackbits(packed[rows], axis=1, bitorder="little").reshape(-1, bits)
         codes = torch.from_numpy(stream @ places).reshape(-1, scales.shape[1], group_size)
-        dense[rows] = (codes * scales[rows, :, None].float() + biases[rows, :, None].float()).flatten(1).to(dense.dtype)
-    return dense.to(device)
+        dense[rows] = (codes * scales[rows, :, None].float() + biases[rows, :, None].float()).flatten(1).to(dtype)
+    return dense
 
 
 def _read(checkpoint: Checkpoint, name: str) -> torch.Tensor:

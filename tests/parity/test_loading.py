@@ -314,6 +314,19 @@ def test_a_folder_that_mlx_quantised_gives_the_same_on_both_backends(
             np.testing.assert_allclose(model.logits(reference.inputs), expected, rtol=0, atol=1e-3, err_msg=name)
 
 
+def test_half_precision_scales_are_not_rounded_to_again_when_computing_in_float32(
+    libraries: dict[str, ModuleType], reference: Any, tmp_path: Path
+) -> None:
+    packed, _ = quantised_folder(reference, tmp_path, 8, 32)
+    tensors = load_file(packed / SINGLE)
+    for name, array in tensors.items():
+        if name.endswith((".scales", ".biases")):
+            tensors[name] = array.astype(np.float16)
+    save_file(tensors, packed / SINGLE)
+    first, second = (library.load(packed, dtype="float32").logits(reference.inputs) for library in libraries.values())
+    np.testing.assert_allclose(first, second, rtol=0, atol=5e-5)
+
+
 def test_a_silent_config_reads_its_ranks_from_packed_shapes_too(reference: Any, tmp_path: Path) -> None:
     packed, _ = quantised_folder(reference, tmp_path, 4, 32)
     raw = json.loads((packed / "config.json").read_text())
