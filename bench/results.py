@@ -37,7 +37,7 @@ from train.clips import ClipCache
 from train.evaluate import JUDGE
 from train.rows import read_rows
 from train.samples import Framing, SampleBuilder
-from train.tiny.pipeline import CHAIN, LAYOUTS, RATIOS, SEEDS
+from train.tiny.pipeline import CHAIN, LAYOUTS, RATIOS, SEEDS, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = 64
@@ -60,6 +60,8 @@ VIEWS: Mapping[str, tuple[str, Framing]] = {
 }
 """Held-out rows, and how their clips are seen."""
 
+BACKENDS: tuple[BackendName, ...] = ("torch", "mlx")
+
 PROMPT, DECODED, RUNS = 1024, 64, 5
 """Tokens of the prompt and of the answer whose speed is measured, and how often."""
 
@@ -79,7 +81,6 @@ class Task:
     folder: Path
     views: tuple[str, ...]
     backend: BackendName = "torch"
-    dtype: str = "float32"
 
 
 def main() -> None:
@@ -92,37 +93,28 @@ def main() -> None:
     given = parser.parse_args()
     out = given.tiny / "results"
     if given.task:
-        folder, views, backend, dtype = json.loads(given.task)
-        work(out, Task(Path(folder), tuple(views), backend, dtype))
+        folder, views, backend = json.loads(given.task)
+        work(out, Task(Path(folder), tuple(views), backend))
         return
     write_rows(given.base, given.tiny, out)
     ablated = convert_ablations(given.base / "model", out)
     table = list(entries(given.base, given.tiny))
     tasks = [Task(folder, tuple(views_of(entry.name))) for entry in table for folder in entry.folders]
     tasks += [Task(folder, ("short",)) for entry in ablated for folder in entry.folders]
-    shipped = given.tiny / "iv3-tiny"
-    if shipped.exists():
-        tasks += [Task(shipped, ("short", "long"), backend, dtype) for backend, dtype in pairs()]
+    twins = [folder for folder in (given.tiny / f"final-{SEEDS[0]}", given.tiny / TINY) if folder.exists()]
+    tasks += [Task(folder, ("short", "long"), "mlx") for folder in twins]
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(partial(start, given, out), tasks))
     speeds = {entry.name: speed(out, entry.folders[0]) for entry in table}
     page = document(
         table={entry.name: [kept(out, folder) for folder in entry.folders] for entry in table},
         ablated={entry.name: [kept(out, folder) for folder in entry.folders] for entry in ablated},
-        twins=[kept(out, shipped, backend, dtype) for backend, dtype in pairs()] if shipped.exists() else [],
+        twins={folder.name: [kept(out, folder, backend) for backend in BACKENDS] for folder in twins},
         folders={entry.name: entry.folders[0] for entry in [*table, *ablated]},
         speeds=speeds,
     )
     write_beside(given.out, page.encode())
     print(given.out)
-
-
-def pairs() -> Iterator[tuple[BackendName, str]]:
-    """Backends and dtypes that the shipped model is asked with; dtypes one after the other, both backends in each."""
-    backends: tuple[BackendName, ...] = ("torch", "mlx")
-    for dtype in ("float32", "float16"):
-        for backend in backends:
-            yield backend, dtype
 
 
 def entries(base: Path, tiny: Path) -> Iterator[Entry]:
@@ -136,7 +128,7 @@ def entries(base: Path, tiny: Path) -> Iterator[Entry]:
     for stage in CHAIN[:-1]:
         all_of_them.append(Entry(stage, tuple(tiny / f"{stage}-{seed}/model" for seed in SEEDS)))
     all_of_them.append(Entry(CHAIN[-1], tuple(tiny / f"final-{seed}" for seed in SEEDS)))
-    all_of_them.append(Entry("iv3-tiny, 8 bits", (tiny / "iv3-tiny",)))
+    all_of_them.append(Entry("iv3-tiny, 8 bits", (tiny / TINY,)))
     for entry in all_of_them:
         there = tuple(folder for folder in entry.folders if (folder / "config.json").exists())
         if there:
@@ -184,22 +176,22 @@ def convert_ablations(model: Path, out: Path) -> list[Entry]:
 
 def start(given: argparse.Namespace, out: Path, task: Task) -> None:
     """Run a task in a process of its own, unless its answers are there."""
-    known = kept(out, task.folder, task.backend, task.dtype)
+    known = kept(out, task.folder, task.backend)
     if all(known.get(view, {}).get("stamp") == stamp(task.folder) for view in task.views):
         return
-    what = json.dumps([str(task.folder), task.views, task.backend, task.dtype])
+    what = json.dumps([str(task.folder), task.views, task.backend])
     command = [sys.executable, __file__, "--tiny", str(given.tiny), "--task", what]
-    print(f"{task.folder} {task.backend} {task.dtype}", file=sys.stderr, flush=True)
+    print(f"{task.folder} on {task.backend}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, env={**environment(task.backend), "OMP_NUM_THREADS": "1"})
 
 
 def work(out: Path, task: Task) -> None:
     """Ask a checkpoint everything that it has not answered yet."""
     tokenizer = Tokenizer.from_dir(task.folder)
-    model = load(task.folder, task.backend, task.dtype)
+    model = load(task.folder, task.backend, "float32")
     clips = ClipCache(out / "clips", 4 << 30)
     for view in task.views:
-        if kept(out, task.folder, task.backend, task.dtype).get(view, {}).get("stamp") == stamp(task.folder):
+        if kept(out, task.folder, task.backend).get(view, {}).get("stamp") == stamp(task.folder):
             continue
         rows, framing = VIEWS[view]
         builder = SampleBuilder(tokenizer, framing, partial(build_inputs, videos=clips))
@@ -209,15 +201,15 @@ def work(out: Path, task: Task) -> None:
             found["kinds"].append(row.kind)
             found["answers"].append(text)
             found["scores"].append(float(JUDGE(row, text).total))
-        file = _file(out, task.folder, task.backend, task.dtype)
+        file = _file(out, task.folder, task.backend)
         file.parent.mkdir(parents=True, exist_ok=True)
-        all_of_them = kept(out, task.folder, task.backend, task.dtype) | {view: found}
+        all_of_them = kept(out, task.folder, task.backend) | {view: found}
         write_beside(file, json.dumps(all_of_them).encode())
 
 
-def kept(out: Path, folder: Path, backend: str = "torch", dtype: str = "float32") -> dict[str, Any]:
+def kept(out: Path, folder: Path, backend: str = "torch") -> dict[str, Any]:
     """What a checkpoint has answered, by view."""
-    file = _file(out, folder, backend, dtype)
+    file = _file(out, folder, backend)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
@@ -226,8 +218,8 @@ def stamp(folder: Path) -> int:
     return max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
 
 
-def _file(out: Path, folder: Path, backend: str, dtype: str) -> Path:
-    return out / "answers" / f"{'-'.join(folder.resolve().parts[-3:])}--{backend}-{dtype}.json"
+def _file(out: Path, folder: Path, backend: str) -> Path:
+    return out / "answers" / f"{'-'.join(folder.resolve().parts[-3:])}--{backend}.json"
 
 
 def speed(out: Path, folder: Path) -> float:

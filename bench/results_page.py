@@ -44,14 +44,14 @@ def document(
     *,
     table: Mapping[str, Sequence[Answers]],
     ablated: Mapping[str, Sequence[Answers]],
-    twins: Sequence[Answers],
+    twins: Mapping[str, Sequence[Answers]],
     folders: Mapping[str, Path],
     speeds: Mapping[str, float],
 ) -> str:
     """The page.
 
-    table, ablated: the answers of every entry's checkpoints, one a seed. twins: of the shipped model on both backends,
-    for one dtype after the other. folders: a checkpoint of every entry. speeds: tokens a second of those in `table`.
+    table, ablated: the answers of every entry's checkpoints, one a seed. twins: of the last stage's model and of the
+    shipped one, on both backends. folders: a checkpoint of every entry. speeds: tokens a second of those in `table`.
     """
     blocks = [
         HEAD,
@@ -122,15 +122,13 @@ def _few(table: Mapping[str, Sequence[Answers]]) -> str:
     return "\n".join(lines)
 
 
-def _agreement(twins: Sequence[Answers]) -> str:
-    if not twins:
-        return ""
-    lines = _head("iv3-tiny, in 8 bits, computed in", "questions", "same answer on PyTorch and MLX")
-    for dtype, first, second in zip(("float32", "float16"), twins[::2], twins[1::2], strict=True):
-        questions = sum(len(first[view]["answers"]) for view in first)
-        same = sum(_same(first[view], second[view]) * len(first[view]["answers"]) for view in first)
-        lines.append(_row(dtype, f"{questions:,}", f"{100 * same / questions:.2f} %"))
-    return "\n".join(lines)
+def _agreement(twins: Mapping[str, Sequence[Answers]]) -> str:
+    lines = _head("computed in float32", "questions", "same answer on PyTorch and MLX")
+    for name, (first, second) in twins.items():
+        questions = sum(len(first[view]["answers"]) for view in second)
+        same = sum(_same(first[view], second[view]) * len(first[view]["answers"]) for view in second)
+        lines.append(_row(name, f"{questions:,}", f"{100 * same / questions:.2f} %"))
+    return "\n".join(lines) if twins else ""
 
 
 def _ablations(ablated: Mapping[str, Sequence[Answers]], folders: Mapping[str, Path]) -> str:

@@ -104,6 +104,7 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
         "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0", "iv3-tiny",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
+    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps
     in_this_process.clear()
     small()
     assert in_this_process == []

@@ -8,7 +8,7 @@ OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/final-<seed>/             the last run's adapter, merged
 OUT/iv3-tiny/                 that of the first seed, in 8 bits beside float16
-OUT/steps.jsonl               what was run, and the seconds it took
+OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ivcore.errors import IvError, TrainingError
 from ivcore.files import write_beside
 from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_dataset
-from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS
+from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION
 from train.toyworld.texts import write_texts
 
+TINY, PROVENANCE = "iv3-tiny", "provenance.json"
 SEEDS = (0, 1, 2)
 LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
@@ -106,6 +108,17 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
         seconds = round(time.monotonic() - started, 1)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step.name, "seconds": seconds, "arguments": arguments}) + "\n")
+    if (tiny := out / TINY).exists() and not (tiny / PROVENANCE).exists():
+        write_beside(tiny / PROVENANCE, (json.dumps(provenance(log), indent=1) + "\n").encode())
+
+
+def provenance(log: Path) -> dict[str, Any]:
+    """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order."""
+    seed = SEEDS[0]
+    first = f"{LAYOUTS[0]}-{RATIOS[0]}"
+    names = [first, f"{first}-cpt-{seed}", *(f"{stage}-{seed}" for stage in CHAIN), f"final-{seed}", TINY]
+    lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    return {"toy world": WORLD_VERSION, "base": "make tiny-base", "steps": [lines[name] for name in names]}
 
 
 def _begun(step: Step) -> bool:
@@ -164,7 +177,7 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         final = out / f"final-{seed}"
         adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
         yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
-    tiny = out / "iv3-tiny"
+    tiny = out / TINY
     quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
     yield Step(tiny.name, ("convert", str(out / f"final-{SEEDS[0]}"), str(tiny), *quantised), tiny)
 
