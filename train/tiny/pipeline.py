@@ -40,9 +40,9 @@ CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
 SHORT_SHARES: Mapping[str, float] = {
-    **{kind: 0.65 * share for kind, share in BASE_SHARES.items() if kind != "said"},
-    "said": 0.25,
-    "before_after": 0.15,
+    **{kind: 0.62 * share for kind, share in BASE_SHARES.items() if kind != "said"},
+    "said": 0.1,
+    "before_after": 0.3,
 }
 CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 """Training clips that the base has not seen, of four seconds."""
@@ -50,7 +50,7 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-TEXTS = 6_000
+TEXTS = 12_000
 """Transcripts without a clip, each with questions about all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {

@@ -1,6 +1,7 @@
 """Conversations about transcripts alone: reading is learned from many short rows, which cost no frames.
 
-Every line of a transcript is asked about, in an order of chance, so that a row has several answers.
+A clip's few lines can be guessed from well enough for a small model never to learn to look the right one up. Here there
+are up to eight, mostly of one fact, and all of them are asked about.
 """
 
 from __future__ import annotations
@@ -9,38 +10,53 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ivcore.files import write_beside
-from train.toyworld.compose import make_script
-from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, Script, Split, pick, random_of, seeds
+from train.toyworld.script import Line, Split, pick, random_of, seeds
 from train.toyworld.subtitles import transcript
-from train.toyworld.words import FACTS
+from train.toyworld.words import FACTS, NAMES
+
+MOST_LINES = 8
+ONE_FACT = 0.75
+"""The share of transcripts whose lines are all of one fact."""
 
 
 def write_texts(folder: str | Path, split: Split, first: int, count: int) -> Path:
-    """Write a row for each of the seeds number first..first+count of a split; returns the JSONL.
-
-    Transcripts are those of short and of long clips in turns.
-    """
+    """Write a row for each of the seeds number first..first+count of a split; returns the JSONL."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    durations = SHORT_SECONDS, LONG_SECONDS
-    rows = (
-        conversation(make_script(seed, "said", durations[number % 2]))
-        for number, seed in enumerate(seeds(split, first, count))
-    )
     file = folder / f"{split}.jsonl"
-    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    write_beside(file, "".join(f"{json.dumps(conversation(seed))}\n" for seed in seeds(split, first, count)).encode())
     return file
 
 
-def conversation(script: Script) -> dict[str, Any]:
-    """The JSONL's object of a script with lines: its transcript, then a question and an answer for each of them."""
-    rng = random_of(script.seed, 4)
+def conversation(seed: int) -> dict[str, Any]:
+    """The JSONL's object of a seed: a transcript, then a question and an answer for each of its lines."""
+    rng = random_of(seed, 4)
+    lines = _lines(rng, int(rng.integers(2, MOST_LINES + 1)))
     messages: list[dict[str, str]] = []
-    for index in rng.permutation(len(script.lines)):
-        line = script.lines[index]
+    for index in rng.permutation(len(lines)):
+        line = lines[index]
         question = pick(rng, FACTS[line.fact].questions).format(name=line.name)
-        quoted = "" if messages else f"Subtitles:\n{transcript(script.lines)}\n\n"
+        quoted = "" if messages else f"Subtitles:\n{transcript(lines)}\n\n"
         messages.append({"role": "user", "content": quoted + question})
         messages.append({"role": "assistant", "content": line.value})
-    return {"messages": messages, "kind": "said", "duration": script.duration, "seed": script.seed}
+    return {"messages": messages, "kind": "said", "seed": seed}
+
+
+def _lines(rng: np.random.Generator, count: int) -> list[Line]:
+    """Lines about as many figures, each value said once of a fact."""
+    topics = [pick(rng, tuple(FACTS))] * count
+    if rng.random() >= ONE_FACT:
+        topics = [pick(rng, tuple(FACTS)) for _ in range(count)]
+    values = {fact: rng.permutation(FACTS[fact].values) for fact in FACTS}
+    names = rng.permutation(len(NAMES))[:count]
+    lines, end = [], 0.0
+    for number, fact in enumerate(topics):
+        start = end + float(rng.uniform(0.0, 2.0))
+        end = start + float(rng.uniform(1.2, 3.0))
+        name, value = NAMES[names[number]], str(values[fact][number])
+        text = FACTS[fact].statement.format(name=name, value=value)
+        lines.append(Line((round(start, 1), round(end, 1)), name, fact, value, text))
+    return lines
