@@ -31,6 +31,7 @@ from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_dataset
 from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION
+from train.toyworld.talks import write_talks
 from train.toyworld.texts import write_texts
 
 TINY, PROVENANCE = "iv3-tiny", "provenance.json"
@@ -62,11 +63,14 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 
 SETS = {
     "sft-short": ("short", "texts"),
-    "sft-long": ("short", "texts", "long"),
+    "sft-long": ("short", "texts", "talks"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }
 """What each stage's rows are from."""
+
+FILES = {"talks": "long/talks.jsonl"}
+"""Of sets that are not in a folder of their name: talks are about the long clips."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,9 @@ def write_data(data: Path) -> None:
             write_dataset(
                 data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
             )
+    if not (data / "long/talks.jsonl").exists():
+        clips, shares = LONG_CLIPS["long"]
+        write_talks(data / "long", "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS)
     if not (data / "texts/train.jsonl").exists():
         write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
     for name, (clips, shares, duration) in HELDOUT.items():
@@ -148,7 +155,7 @@ def write_data(data: Path) -> None:
                 shares=shares, duration=duration, all_kinds=True, workers=workers,
             )  # fmt: skip
     for stage, names in SETS.items():
-        files = {name: (data / name / "train.jsonl").resolve() for name in names}
+        files = {name: (data / FILES.get(name, f"{name}/train.jsonl")).resolve() for name in names}
         meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
         if not (file := data / f"{stage}.json").exists():
             write_beside(file, json.dumps(meta).encode())

@@ -97,10 +97,15 @@ def row(script: Script, question: Question, clip: str) -> dict[str, Any]:
     return {**made, "evidence": question.span, "duration": script.duration, "seed": script.seed}
 
 
+def clip_name(script: Script) -> str:
+    """Where a script's clip lies, beside its rows."""
+    return f"clips/v{WORLD_VERSION}-{script.seed:07}-{script.kind}-{script.duration:g}s.mp4"
+
+
 def _write_rows(folder: Path, shares: Mapping[str, float], duration: float, all_kinds: bool, seed: int) -> str:
     """The rows of a seed, a line each, its clip written unless it is there."""
     script = make_script(seed, kind_of(seed, shares), duration)
-    clip = f"clips/v{WORLD_VERSION}-{seed:07}-{script.kind}-{script.duration:g}s.mp4"
+    clip = clip_name(script)
     if not (folder / clip).exists():
         write_clip(folder / clip, script)
     kinds = kinds_of(script) if all_kinds else (script.kind,)

@@ -125,6 +125,11 @@ def ask(script: Script, kind: str | None = None) -> Question:
     return _OTHERS[kind](rng, script)
 
 
+def about(rng: np.random.Generator, kind: str, figure: Figure) -> Question:
+    """A question of a plain kind about any figure; whether its words tell it apart is for the caller to know."""
+    return _about(rng, kind, kind, figure, _WORDINGS[kind])
+
+
 def _about(rng: np.random.Generator, kind: str, asked: str, key: Figure, wordings: Sequence[str]) -> Question:
     """What is asked about one figure: its colour, shape or direction, or when it is there."""
     answers = {**key.name._asdict(), "direction": key.direction, "when": span_text(key.span)}
