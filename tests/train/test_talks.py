@@ -1,0 +1,83 @@
+"""Conversations about clips and transcripts: every answer follows from what is shown or said there, read anew."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.row import parse_row
+from train.toyworld.compose import KINDS, make_script
+from train.toyworld.dataset import LONG_SHARES, write_dataset
+from train.toyworld.script import LONG_SECONDS, seeds
+from train.toyworld.talks import MOST_QUESTIONS, talk, write_talks
+from train.toyworld.texts import MOST_LINES, conversation, write_texts
+from train.toyworld.words import COLOURS, FACTS, SHAPES
+
+
+def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(question, answer), the question without what stands before it."""
+    asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
+    asked = [content if isinstance(content, str) else content[-1]["text"] for content in asked]
+    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
+    return [(text.rpartition("\n\n")[2], answer) for text, answer in zip(asked, answers, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 100_000), kind=st.sampled_from([each for each in KINDS if each != "absent"]))
+def test_later_answers_of_a_talk_are_about_the_only_figure_that_the_question_names(seed: int, kind: str) -> None:
+    script = make_script(seed, kind, LONG_SECONDS)
+    first, *others = turns(talk(script))
+    assert others and len(others) < MOST_QUESTIONS and first[0] not in [question for question, _ in others]
+    assert len({question for question, _ in others}) == len(others)
+    for question, answer in others:
+        words = re.findall(r"\w+", question)
+        colour, shape = (next((each for each in names if each in words), None) for names in (COLOURS, SHAPES))
+        named = [
+            figure for figure in script.figures
+            if colour in (None, figure.name.colour) and shape in (None, figure.name.shape)
+        ]  # fmt: skip
+        (figure,) = named
+        truths = {figure.name.shape, figure.direction, f"{figure.span[0]:.1f} to {figure.span[1]:.1f}"}
+        if colour is None:
+            truths = {figure.name.colour}
+        elif shape is None:
+            truths = {figure.name.shape}
+        assert answer in truths
+        assert (" to " in answer) == question.startswith(("When", "From", "At"))
+
+
+def test_a_talk_is_about_the_clip_that_the_data_set_has(tmp_path: Path) -> None:
+    rows = write_dataset(tmp_path, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
+    talks = write_talks(tmp_path, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
+    for single, several in zip(
+        *(map(json.loads, file.read_text().splitlines()) for file in (rows, talks)), strict=True
+    ):
+        assert several["messages"][:2] == single["messages"] and several["seed"] == single["seed"]
+        assert parse_row(several, tmp_path, "sft").media == parse_row(single, tmp_path, "sft").media
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 100_000))
+def test_what_a_transcript_is_asked_stands_in_exactly_one_of_its_lines(seed: int) -> None:
+    row = conversation(seed)
+    lines = row["messages"][0]["content"].partition("\n\n")[0].splitlines()[1:]
+    spans = [tuple(map(float, re.findall(r"[0-9]+\.[0-9]", line)[:2])) for line in lines]
+    assert 2 <= len(lines) <= MOST_LINES and all(a < b for a, b in spans) and spans == sorted(spans)
+    found = turns(row)
+    assert len(found) == len(lines)
+    for question, answer in found:
+        name = next(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" in question)
+        (fact,) = (fact for fact in FACTS.values() if question in [each.format(name=name) for each in fact.questions])
+        (line,) = (line for line in lines if f": The {name} " in line)
+        assert line.endswith(fact.statement.format(name=name, value=answer))
+
+
+def test_texts_are_written_for_the_seeds_of_their_split(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in write_texts(tmp_path, "train", 3, 5).read_text().splitlines()]
+    assert [row["seed"] for row in rows] == list(seeds("train", 3, 5)) and rows[0] == conversation(rows[0]["seed"])
+    parse_row(rows[0], tmp_path, "sft")
