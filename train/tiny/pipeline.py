@@ -62,15 +62,15 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 SETS = {
-    "sft-short": ("short", "texts"),
-    "sft-long": ("short", "texts", "talks"),
+    "sft-short": ("short-talks", "texts"),
+    "sft-long": ("short-talks", "texts", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }
 """What each stage's rows are from."""
 
-FILES = {"talks": "long/talks.jsonl"}
-"""Of sets that are not in a folder of their name: talks are about the long clips."""
+FILES = {"short-talks": "short/talks.jsonl", "long-talks": "long/talks.jsonl"}
+"""Of sets that are about the clips of another."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,11 @@ def write_data(data: Path) -> None:
             write_dataset(
                 data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
             )
-    if not (data / "long/talks.jsonl").exists():
-        clips, shares = LONG_CLIPS["long"]
-        write_talks(data / "long", "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS)
+    for name, (clips, shares), duration in (
+        ("short", CLIPS["short"], SHORT_SECONDS), ("long", LONG_CLIPS["long"], LONG_SECONDS),
+    ):  # fmt: skip
+        if not (data / name / "talks.jsonl").exists():
+            write_talks(data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=duration)
     if not (data / "texts/train.jsonl").exists():
         write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
     for name, (clips, shares, duration) in HELDOUT.items():

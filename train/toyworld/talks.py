@@ -1,6 +1,7 @@
 """Conversations about one clip: its own question first, then others that its script answers.
 
-A long clip costs hundreds of tokens to look at; with several questions there is as much more to learn from them.
+A clip costs a hundred tokens or hundreds to look at; with several questions there is as much more to learn from them.
+Where several figures come, they make the model look for the one that is meant.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from train.toyworld.dataset import clip_name, kind_of, row
 from train.toyworld.questions import Question, about, ask
 from train.toyworld.script import Figure, Script, Split, random_of, seeds
 
-MOST_QUESTIONS = 9
-SHORTEST = 1.8
-"""Seconds that a figure has to be there for a question about where it goes: then both frames of a patch show it."""
+MOST_OF_A_KIND = 2
+"""Further questions of each kind. The answer to when has four times the tokens of others and would outweigh them."""
+
+SHORTEST = 1.2
+"""Seconds that a figure has to be there for a question about where it goes."""
 
 
 def write_talks(
@@ -34,10 +37,10 @@ def write_talks(
 
 
 def talk(script: Script) -> dict[str, Any]:
-    """The JSONL's object of a script: its own question, as in `dataset.row`, and up to MOST_QUESTIONS - 1 others."""
+    """The JSONL's object of a script: its own question, as in `dataset.row`, and then others."""
     made = row(script, ask(script), clip_name(script))
     messages = made["messages"]
-    for question in list(_others(script))[: MOST_QUESTIONS - 1]:
+    for question in _others(script):
         messages.append({"role": "user", "content": question.text})
         messages.append({"role": "assistant", "content": question.answer})
     return {"messages": messages, "kind": script.kind, "duration": script.duration, "seed": script.seed}
@@ -56,9 +59,10 @@ def _others(script: Script) -> Iterator[Question]:
         asked += [("direction", figure)] if alone and figure.span[1] - figure.span[0] >= SHORTEST else []
         asked += [("shape", figure)] if colours[figure.name.colour] == 1 else []
         asked += [("colour", figure)] if shapes[figure.name.shape] == 1 else []
-    own = ask(script).text
+    own, kinds = ask(script).text, Counter[str]()
     for index in rng.permutation(len(asked)):
         kind, figure = asked[int(index)]
         question = about(rng, kind, figure)
-        if question.text != own:
+        if question.text != own and kinds[kind] < MOST_OF_A_KIND:
+            kinds[kind] += 1
             yield question
