@@ -159,8 +159,9 @@ def write_data(data: Path) -> None:
     for stage, names in SETS.items():
         files = {name: (data / FILES.get(name, f"{name}/train.jsonl")).resolve() for name in names}
         meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
-        if not (file := data / f"{stage}.json").exists():
-            write_beside(file, json.dumps(meta).encode())
+        file, content = data / f"{stage}.json", json.dumps(meta)
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            write_beside(file, content.encode())
 
 
 def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
