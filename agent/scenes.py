@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -18,10 +17,11 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from ivcore.demux import PacketIndex, read_index
+from ivcore.demux import ROUNDING, PacketIndex, read_index
 from ivcore.errors import BackendError, MediaError
 from ivcore.frames import SeekingReader, read_frames_in_order
 from ivcore.media_file import readable_file
+from ivcore.video import checked_span
 
 Span = tuple[float, float]
 
@@ -31,7 +31,6 @@ SHORTEST_SHOT = 0.6
 CUT_SCORE = 27.0
 
 MAX_THREADS = 8
-ROUNDING = 1e-4  # seconds by which a time computed from a frame's number may miss the frame's own
 
 
 def shots(
@@ -54,7 +53,7 @@ def shots(
     index = read_index(path)
     start, end = checked_span(span, index.seconds, path)
     # A cut this close after the first picture is not told from a flash, so judging begins before the span.
-    first, last = _frames_of(index, max(start - SHORTEST_SHOT, 0.0), end)
+    first, last = index.frames_in(max(start - SHORTEST_SHOT, 0.0), end)
     detector = ContentDetector(threshold=CUT_SCORE, min_scene_len=SHORTEST_SHOT)
     cuts: list[float] = []
     judged = 0
@@ -74,29 +73,6 @@ def shots(
         raise MediaError(f"{path} is damaged: no frame{where} could be decoded; copy or download it again.")
     edges = [start, *(cut for cut in cuts if start + ROUNDING < cut < end - ROUNDING), end]
     return list(itertools.pairwise(edges))
-
-
-def checked_span(span: Span | None, seconds: float, path: Path) -> Span:
-    """`span` cut off at the video's end, the whole video for None; MediaError where it is no span of the video."""
-    if span is None:
-        return 0.0, seconds
-    start, end = float(span[0]), float(span[1])
-    if not 0 <= start < end:
-        raise MediaError(f"{start:g} to {end:g} s is no span; give a start of at least 0 and an end after it.")
-    if start >= seconds:
-        raise MediaError(f"{path} lasts {seconds:.1f} s, so it has nothing from {start:g} to {end:g} s; ask for less.")
-    return start, min(end, seconds)
-
-
-def _frames_of(index: PacketIndex, start: float, end: float) -> tuple[int, int]:
-    """The frame on the screen at a span's start and the last one that is shown before its end."""
-    if index.seekable:
-        times = (index.frame_pts - index.frame_pts[0]) * float(index.time_base)
-        first = int(np.searchsorted(times, start + ROUNDING, side="right")) - 1
-        after = int(np.searchsorted(times, end - ROUNDING))
-    else:
-        first, after = int((start + ROUNDING) * index.fps), math.ceil((end - ROUNDING) * index.fps)
-    return first, max(after - 1, first)
 
 
 def _ticks(index: PacketIndex, number: int) -> tuple[int, Fraction]:

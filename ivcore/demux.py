@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +27,7 @@ UNCOUNTABLE_CODECS = frozenset({"vp8"})
 DAMAGE = (av.FFmpegError, EOFError, ValueError, IndexError)
 # The deepest reordering H.264 and HEVC allow is 16 frames; a packet further from its place in time has a broken pts.
 MAX_REORDER = 64
+ROUNDING = 1e-4  # seconds by which a time computed from a frame's number may miss the frame's own
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class PacketIndex:
         if not self.seekable:
             return frame / self.fps
         return float(int(self.frame_pts[frame] - self.frame_pts[0]) * self.time_base)
+
+    def frames_in(self, start: float, end: float) -> tuple[int, int]:
+        """The frame on the screen at `start` and the last one that is shown before `end`, both in seconds."""
+        if self.seekable:
+            times = (self.frame_pts - self.frame_pts[0]) * float(self.time_base)
+            first = int(np.searchsorted(times, start + ROUNDING, side="right")) - 1
+            after = int(np.searchsorted(times, end - ROUNDING))
+        else:
+            first, after = int((start + ROUNDING) * self.fps), math.ceil((end - ROUNDING) * self.fps)
+        return first, max(after - 1, first)
 
     def entry_key(self, frame: int) -> int:
         """The keyframe (an index into `key_positions`) from which decoding reaches `frame` exactly.

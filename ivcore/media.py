@@ -103,7 +103,7 @@ class MediaLoader:
         """Tokens of a medium, 0 where they are not known before it is opened (images) or decoded (keyframes)."""
         if survey is None or (self._mode == "keyframes" and isinstance(item.source, Path)):
             return 0
-        n_frames = len(self._indices(survey))
+        n_frames = survey.frames if item.times is not None else len(self._indices(survey))
         return self._tokens(n_frames, self._size(item, n_frames, survey.height, survey.width))
 
     def _indices(self, survey: _Survey) -> np.ndarray:
@@ -131,9 +131,11 @@ class MediaLoader:
         self, item: MediaItem, survey: _Survey, size: Callable[[int, int, int], tuple[int, int]]
     ) -> LoadedMedia:
         if isinstance(item.source, np.ndarray):
-            indices = self._indices(survey)
+            indices = np.arange(survey.frames) if item.times is not None else self._indices(survey)
             height, width = size(len(indices), survey.height, survey.width)
             frames = np.stack([resize(item.source[index], height, width) for index in indices])
+            if item.times is not None:
+                return LoadedMedia(frames, Media("video", item.name, item.times))
             times = tuple(float(index / survey.fps) for index in indices)
             unsaid = f"{item.name} does not say its fps; taken as {survey.fps:g} frames per second."
             return LoadedMedia(frames, Media("video", item.name, times, () if item.fps else (unsaid,)))

@@ -25,7 +25,8 @@ class MediaItem:
     """One image or video of a conversation, not opened yet.
 
     source: a file, the bytes of an image file, a PIL image, or uint8 pixels (H, W, 3) or (N, H, W, 3).
-    fps: frames per second of the clip that an array of frames is; None where it was not said.
+    fps: frames per second of the clip that an array of frames is; None where it was not said. times: seconds of every
+        frame of such an array, which is then taken as it is, without sampling.
     where: its place in the messages, for errors.
     """
 
@@ -33,6 +34,7 @@ class MediaItem:
     source: Path | bytes | Image.Image | np.ndarray
     where: str
     fps: float | None = None
+    times: tuple[float, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -119,7 +121,7 @@ def _media(part: Mapping[str, Any], where: str) -> MediaItem:
         raise PromptError(f"{where}.type is {kind!r}; use text, image, video, image_url or video_url.")
     if part.get(kind) is None:
         raise PromptError(f"{where} is of type {kind} but has no {kind!r}.")
-    value, fps = part[kind], part.get("fps")
+    value, fps, times = part[kind], part.get("fps"), part.get("times")
     if kind.endswith("_url") and isinstance(value, Mapping):
         value = value.get("url")
     medium: Literal["image", "video"] = "image" if kind.startswith("image") else "video"
@@ -133,7 +135,21 @@ def _media(part: Mapping[str, Any], where: str) -> MediaItem:
             raise PromptError(f"{where}.fps is only for arrays of frames; a file knows its own frame rate.")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf"):
             raise PromptError(f"{where}.fps is {_shown(fps)}; it must be a number above 0.")
-    return MediaItem(medium, source, where, fps)
+    if times is not None:
+        times = _checked_times(times, source, f"{where}.times")
+    return MediaItem(medium, source, where, fps, times)
+
+
+def _checked_times(times: Any, source: Any, where: str) -> tuple[float, ...]:
+    if not isinstance(source, np.ndarray) or source.ndim != 4:
+        raise PromptError(f"{where} is only for arrays of frames; a file knows its own times.")
+    try:
+        seconds = np.asarray(times, np.float64)
+    except (TypeError, ValueError):
+        seconds = np.array(())
+    if seconds.shape != source.shape[:1] or not np.isfinite(seconds).all() or (np.diff(seconds) < 0).any():
+        raise PromptError(f"{where} must be one number of seconds for each of the {len(source)} frames, ascending.")
+    return tuple(seconds.tolist())
 
 
 def _text_source(text: str, medium: str, where: str) -> Path | bytes:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -40,16 +41,20 @@ def build_inputs(
     context_length: int | None = None,
     on_progress: Progress | None = None,
     videos: Videos | None = None,
+    held: int = 0,
 ) -> ModelInputs:
     """The prompt that messages make: token ids, `Patches`, and where each medium came from.
 
     messages: in the Hugging Face form, {"type": "video", "video": path or frames}, with "fps" beside an array of frames
-        for the rate they were taken at; or in the OpenAI form, {"type": "image_url", "image_url": {"url": ...}}.
+        for the rate they were taken at, or with "times", the seconds of every frame, which are then all taken; or in
+        the OpenAI form, {"type": "image_url", "image_url": {"url": ...}}.
     fps, min_frames, max_frames: how videos are sampled; None is what the checkpoint says.
     frame_tokens: the most tokens that a temporal patch of video, or an image, may cost.
     mode, on_progress: see `ivcore.video.decode`.
     videos: who probes and decodes files, such as a cache; `ivcore.video` by default.
     context_length: the most tokens of a prompt; None is the checkpoint's max_position_embeddings, where it says so.
+    held: how many of the messages are in a cache already, the last of them the model's own answer, without the token
+        that ended it: the inputs are what comes after that answer, to be appended to the cache.
 
     Raises PromptError (messages, template, too many tokens), MediaError (files) or ConfigError (the checkpoint).
     """
@@ -60,7 +65,11 @@ def build_inputs(
     if frame_tokens is not None and frame_tokens < 1:
         raise PromptError(f"frame_tokens is {frame_tokens}; a frame takes at least one token.")
     clean, items = read_messages(messages)
-    pieces = tokenizer.template_pieces(clean, tools, add_generation_prompt)
+    if held:
+        pieces = _after_answer(tokenizer, clean, held, tools, add_generation_prompt)
+        items = items[len(read_messages(messages[:held])[1]) :]
+    else:
+        pieces = tokenizer.template_pieces(clean, tools, add_generation_prompt)
     vision = _VisionTokens.of(tokenizer, pieces, items)
     context = _context_length(tokenizer) if context_length is None else context_length
     text_tokens = len(tokenizer.encode_pieces(pieces)) - len(items)  # the placeholders are not text
@@ -77,6 +86,26 @@ def build_inputs(
     patches = Patches([each.frames for each in loaded], config) if loaded else None
     grid_thw = None if patches is None else patches.grid_thw
     return ModelInputs(token_ids, patches, grid_thw, media=tuple(each.media for each in loaded))
+
+
+def _after_answer(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    held: int,
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+) -> list[Piece]:
+    """What the template writes behind the content of messages[held - 1], found by a mark in its place."""
+    if not (0 < held <= len(messages) and messages[held - 1]["role"] == "assistant"):
+        raise PromptError(f"held is {held}, but messages[{held - 1}] is no answer of the model that could be held.")
+    mark = str(secrets.randbits(128))
+    marked = [*messages[: held - 1], {"role": "assistant", "content": mark}, *messages[held:]]
+    pieces = tokenizer.template_pieces(marked, tools, add_generation_prompt)
+    places = [place for place, piece in enumerate(pieces) if isinstance(piece, str) and mark in piece]
+    if len(places) != 1:
+        raise PromptError(f"The chat template does not print messages[{held - 1}] once, so it cannot be gone on from.")
+    rest = str(pieces[places[0]]).partition(mark)[2]
+    return [*([rest] if rest else []), *pieces[places[0] + 1 :]]
 
 
 def _runs(loaded: LoadedMedia, config: ProcessorConfig) -> list[tuple[str, int]]:

@@ -28,7 +28,7 @@ from ivcore.frames import read_frames, read_frames_in_order
 from ivcore.image import load_image
 from ivcore.media_file import readable_file
 
-__all__ = ["Clip", "SizeRule", "VideoInfo", "decode", "load_image", "probe", "resize", "sample_indices"]
+__all__ = ["Clip", "SizeRule", "VideoInfo", "checked_span", "decode", "load_image", "probe", "resize", "sample_indices"]
 
 SizeRule = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width as displayed) -> (height, width)
 
@@ -105,13 +105,14 @@ def decode(
     size: SizeRule | None = None,
     mode: Literal["uniform", "keyframes"] = "uniform",
     on_progress: Callable[[int, int], None] | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Clip:
-    """Sample and resize frames of a video.
+    """Sample and resize frames of a video, or of a span of it: (start, end) in seconds, cut off at the video's end.
 
     mode: "uniform" takes `sample_indices`; "keyframes" takes keyframes only, at most max_frames, evenly spread: a quick
         look that decodes nothing else. size: the frames' size from their number and the displayed size; None keeps it.
     on_progress: called with (frames decoded, frames wanted).
-    Raises MediaError if the file is no video or none of the wanted frames can be decoded.
+    Raises MediaError if the file is no video, the span is not in it, or none of the wanted frames can be decoded.
     """
     if not (fps > 0 and max_frames > 0):
         raise MediaError(f"{path} cannot be sampled at {fps} frames per second and at most {max_frames}; ask for more.")
@@ -120,11 +121,17 @@ def decode(
     # An unseekable stream's frames are only known after decoding: if there were fewer than packets, sample those again.
     frames = index.frames
     while True:
-        if keyframes_only:
-            evenly = np.linspace(0, len(index.keyframes) - 1, min(len(index.keyframes), max_frames))
-            wanted = index.keyframes[evenly.round().astype(np.int64)]
+        first, last = (0, frames - 1) if span is None else index.frames_in(*checked_span(span, index.seconds, path))
+        last = max(min(last, frames - 1), 0)
+        first = min(first, last)
+        keyframes = index.keyframes[(first <= index.keyframes) & (index.keyframes <= last)]
+        if keyframes_only and len(keyframes):
+            evenly = np.linspace(0, len(keyframes) - 1, min(len(keyframes), max_frames))
+            wanted = keyframes[evenly.round().astype(np.int64)]
         else:
-            wanted = sample_indices(frames, index.fps, fps=fps, min_frames=min_frames, max_frames=max_frames)
+            wanted = first + sample_indices(
+                last + 1 - first, index.fps, fps=fps, min_frames=min_frames, max_frames=max_frames
+            )
         clip, decoded = _decode_wanted(survey, wanted, size, keyframes_only, on_progress)
         if index.seekable or keyframes_only or decoded in (0, frames) or len(clip.indices) == len(wanted):
             break
@@ -132,6 +139,18 @@ def decode(
     if not clip.indices:
         raise MediaError(f"{path} is damaged: none of its frames could be decoded; copy or download it again.")
     return clip
+
+
+def checked_span(span: tuple[float, float] | None, seconds: float, path: str | Path) -> tuple[float, float]:
+    """`span` cut off at the end of a video of that many seconds, the whole for None; MediaError for one outside it."""
+    if span is None:
+        return 0.0, seconds
+    start, end = float(span[0]), float(span[1])
+    if not 0 <= start < end:
+        raise MediaError(f"{start:g} to {end:g} s is no span; give a start of at least 0 and an end after it.")
+    if start >= seconds:
+        raise MediaError(f"{path} lasts {seconds:.1f} s, so it has nothing from {start:g} to {end:g} s; ask for less.")
+    return start, min(end, seconds)
 
 
 def _decode_wanted(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from agent.scenes import checked_span
 from agent.transcript.cues import Line, Source, Span, Track
 from agent.transcript.speech import speech_track
 from agent.transcript.subtitles import sidecar_track, stream_track
 from ivcore.demux import PacketIndex, read_index
 from ivcore.errors import BackendError
 from ivcore.media_file import readable_file
+from ivcore.video import checked_span
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ivcore.errors import MediaError, PromptError
@@ -180,6 +183,69 @@ def test_a_tool_s_answer_may_show_a_video() -> None:
     ]
     inputs = build_inputs(MICRO, messages, tools=[{"type": "function", "function": {"name": "zoom"}}])
     assert inputs.token_ids.tolist().count(START) == 3
+
+
+def test_frames_with_times_are_all_taken_and_say_when_they_were() -> None:
+    part = {"type": "video", "video": FRAMES[:4], "times": [301.0, 301.2, 305.5, 305.9]}
+    inputs = build_inputs(MICRO, user(part, TEXT_PART), fps=0.01)
+    assert inputs.grid_thw is not None and inputs.grid_thw[0, 0] == 2
+    assert inputs.media[0].timestamps == (301.0, 301.2, 305.5, 305.9) and inputs.media[0].warnings == ()
+    text = Tokenizer.from_dir(MICRO).decode(inputs.token_ids)
+    assert "<301.1 seconds>" in text and "<305.7 seconds>" in text
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.0], "one number of seconds for each of the 12 frames"),
+        ([1.0] * 11 + [0.5], "ascending"),
+        (["a"] * 12, "one number of seconds"),
+        ([float("nan")] * 12, "one number of seconds"),
+        (3, "one number of seconds"),
+    ],
+)
+def test_times_that_do_not_fit_the_frames_are_one_sentence(times: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=re.escape(message)):
+        build_inputs(MICRO, user({"type": "video", "video": FRAMES, "times": times}, TEXT_PART))
+    with pytest.raises(PromptError, match="a file knows its own times"):
+        build_inputs(MICRO, user({"type": "video", "video": "x.mp4", "times": times}, TEXT_PART))
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    answer=st.sampled_from(["It is blue.", '<tool_call>\n{"name": "look"}\n</tool_call>', "a<|im_end|>b"]),
+    spoken=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=3),
+    role=st.sampled_from(["user", "tool"]),
+    shown=st.booleans(),
+)
+def test_what_follows_a_held_answer_completes_the_prompt(
+    answer: str, spoken: list[str], role: str, shown: bool
+) -> None:
+    tokenizer = Tokenizer.from_dir(MICRO)
+    question = [{"role": "system", "content": "Be brief."}, *user(VIDEO_PART, TEXT_PART)]
+    said = [*question, {"role": "assistant", "content": answer}]
+    later = [
+        {"role": role, "content": [*([VIDEO_PART] if shown else []), {"type": "text", "text": text}]} for text in spoken
+    ]
+    whole = build_inputs(tokenizer, [*said, *later])
+    first = build_inputs(tokenizer, question)
+    rest = build_inputs(tokenizer, [*said, *later], held=len(said))
+    inside = tokenizer.encode_pieces(tokenizer.template_pieces([{"role": "assistant", "content": answer}], None, False))
+    between = whole.token_ids[len(first.token_ids) : len(whole.token_ids) - len(rest.token_ids)].tolist()
+    assert whole.token_ids[: len(first.token_ids)].tolist() == first.token_ids.tolist()
+    assert whole.token_ids[len(whole.token_ids) - len(rest.token_ids) :].tolist() == rest.token_ids.tolist()
+    assert between and str(between)[1:-1] in str(inside)
+    shown_later = [] if whole.grid_thw is None else whole.grid_thw[1:].tolist()
+    assert ([] if rest.grid_thw is None else rest.grid_thw.tolist()) == shown_later
+
+
+def test_only_an_answer_can_be_held() -> None:
+    for held in (1, 3):
+        with pytest.raises(PromptError, match="no answer of the model"):
+            build_inputs(MICRO, user(TEXT_PART), held=held)
 
 
 def test_what_a_user_spells_is_no_placeholder() -> None:

@@ -70,6 +70,36 @@ def test_sampled_frames_are_those_of_a_full_sequential_decode(
         assert clip.warnings == ()
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    start=st.floats(0, 7.9), length=st.floats(0.01, 9), fps=st.sampled_from([0.5, 2, 5, 30]), keyframes=st.booleans()
+)
+def test_a_span_gives_frames_that_are_on_the_screen_in_it(
+    span_clip: Path, start: float, length: float, fps: float, keyframes: bool
+) -> None:
+    clip = decode(
+        span_clip, fps=fps, span=(start, start + length), mode="keyframes" if keyframes else "uniform", min_frames=1
+    )
+    times, end = np.array(clip.timestamps), min(start + length, 8.0)
+    assert_frame_exact(clip, span_clip)
+    assert (times > start - 0.2).all() and (times < end).all()  # at five frames a second the first may be 0.2 s old
+    if not keyframes:
+        assert len(times) <= max(1, int((end - start + 0.4) * fps)) and times[0] == pytest.approx(start, abs=0.2)
+
+
+def test_spans_outside_the_video_are_one_sentence(span_clip: Path) -> None:
+    for span, message in (((9.0, 10.0), "lasts 8.0 s"), ((3.0, 2.0), "is no span"), ((-1.0, 2.0), "is no span")):
+        with pytest.raises(MediaError, match=message):
+            decode(span_clip, span=span)
+
+
+@pytest.fixture(scope="module")
+def span_clip(tmp_path_factory: pytest.TempPathFactory, write_clip: MakeClip) -> Path:
+    path = tmp_path_factory.mktemp("span") / "clip.mp4"
+    write_clip(path, frames=40, gop=8, fps=5)
+    return path
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "pixel_format"),
     [
