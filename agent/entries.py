@@ -31,13 +31,14 @@ class _Entry(BaseModel):
 
 class Instruction(_Entry):
     kind: Literal["instruction"] = "instruction"
+    role: Literal["system", "user"] = "user"
     text: str
 
 
 class Observation(_Entry):
     """Frames or text that a tool has shown, of a span of the video.
 
-    source: the tool. times: of the frames, in seconds; empty for text. size: (width, height) of a frame.
+    source: the tool. times: of the frames, in seconds; empty for text. text: lines that others wrote, such as subtitles.
     """
 
     kind: Literal["observation"] = "observation"
@@ -49,8 +50,18 @@ class Observation(_Entry):
 
 
 class Reasoning(_Entry):
+    """A message of the model: `said` word for word, `text` without its calls.
+
+    prefilled: tokens that were read for it, which are those that are new; generated: its own; context: all that the
+    cache holds behind it.
+    """
+
     kind: Literal["reasoning"] = "reasoning"
     text: str
+    said: str = ""
+    prefilled: int = 0
+    generated: int = 0
+    context: int = 0
 
 
 class Call(_Entry):
@@ -63,11 +74,13 @@ class Call(_Entry):
 
 
 class Feedback(_Entry):
-    """What came of a call, besides its observation. problem: what was wrong with it, for the model and the reader."""
+    """What came of a call. text: by the tool; quoted: lines that others wrote and that are no observation. problem: what
+    was wrong with the call, for the model and the reader."""
 
     kind: Literal["feedback"] = "feedback"
     call: str
     text: str = ""
+    quoted: str = ""
     observation: str | None = None
     problem: str | None = None
 
@@ -160,17 +173,7 @@ class Result(_Entry):
 
 
 Entry = Annotated[
-    Run
-    | Instruction
-    | Observation
-    | Reasoning
-    | Call
-    | Feedback
-    | Memory
-    | Claim
-    | Judgement
-    | Belief
-    | Result,
+    Run | Instruction | Observation | Reasoning | Call | Feedback | Memory | Claim | Judgement | Belief | Result,
     Field(discriminator="kind"),
 ]
 _ANY: TypeAdapter[Entry] = TypeAdapter(Entry)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,7 +28,18 @@ from ivcore.frames import read_frames, read_frames_in_order
 from ivcore.image import load_image
 from ivcore.media_file import readable_file
 
-__all__ = ["Clip", "SizeRule", "VideoInfo", "checked_span", "decode", "load_image", "probe", "resize", "sample_indices"]
+__all__ = [
+    "Clip",
+    "SizeRule",
+    "VideoInfo",
+    "checked_span",
+    "decode",
+    "decode_at",
+    "load_image",
+    "probe",
+    "resize",
+    "sample_indices",
+]
 
 SizeRule = Callable[[int, int, int], tuple[int, int]]  # (frames, height, width as displayed) -> (height, width)
 
@@ -136,6 +147,16 @@ def decode(
         if index.seekable or keyframes_only or decoded in (0, frames) or len(clip.indices) == len(wanted):
             break
         frames = decoded
+    if not clip.indices:
+        raise MediaError(f"{path} is damaged: none of its frames could be decoded; copy or download it again.")
+    return clip
+
+
+def decode_at(path: str | Path, times: Sequence[float], *, size: SizeRule | None = None) -> Clip:
+    """The frames that are on the screen at the times, in seconds, ascending; as `decode`."""
+    survey = _survey(readable_file(path))
+    wanted = sorted({min(survey.index.frames_in(time, time)[0], survey.index.frames - 1) for time in times})
+    clip, _ = _decode_wanted(survey, np.array(wanted, np.int64), size, False, None)
     if not clip.indices:
         raise MediaError(f"{path} is damaged: none of its frames could be decoded; copy or download it again.")
     return clip

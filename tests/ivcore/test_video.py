@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ivcore.errors import MediaError
-from ivcore.video import Clip, decode, probe, resize, sample_indices
+from ivcore.video import Clip, decode, decode_at, probe, resize, sample_indices
 
 MakeClip = Callable[..., Path]
 EVERY_FRAME = {"fps": 1000.0, "max_frames": 100_000}
@@ -85,6 +85,14 @@ def test_a_span_gives_frames_that_are_on_the_screen_in_it(
     assert (times > start - 0.2).all() and (times < end).all()  # at five frames a second the first may be 0.2 s old
     if not keyframes:
         assert len(times) <= max(1, int((end - start + 0.4) * fps)) and times[0] == pytest.approx(start, abs=0.2)
+
+
+def test_frames_are_found_again_by_their_times(span_clip: Path) -> None:
+    clip = decode(span_clip, fps=2, span=(1.0, 7.3))
+    again = decode_at(span_clip, clip.timestamps)
+    assert again.indices == clip.indices and again.timestamps == clip.timestamps
+    np.testing.assert_array_equal(again.frames, clip.frames)
+    assert decode_at(span_clip, [7.99, 99.0]).indices == (39,)
 
 
 def test_spans_outside_the_video_are_one_sentence(span_clip: Path) -> None:
