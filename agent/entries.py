@@ -38,7 +38,7 @@ class Instruction(_Entry):
 class Observation(_Entry):
     """Frames or text that a tool has shown, of a span of the video.
 
-    source: the tool. times: of the frames, in seconds; empty for text. text: lines that others wrote, such as subtitles.
+    source: the tool. times: of the frames, in seconds; empty for text. text: lines by others, such as subtitles.
     """
 
     kind: Literal["observation"] = "observation"
@@ -53,7 +53,7 @@ class Reasoning(_Entry):
     """A message of the model: `said` word for word, `text` without its calls.
 
     prefilled: tokens that were read for it, which are those that are new; generated: its own; context: all that the
-    cache holds behind it.
+        cache holds behind it.
     """
 
     kind: Literal["reasoning"] = "reasoning"
@@ -74,8 +74,8 @@ class Call(_Entry):
 
 
 class Feedback(_Entry):
-    """What came of a call. text: by the tool; quoted: lines that others wrote and that are no observation. problem: what
-    was wrong with the call, for the model and the reader."""
+    """What came of a call. text: by the tool; quoted: lines by others that are no observation. problem: what was wrong
+    with the call, for the model and the reader."""
 
     kind: Literal["feedback"] = "feedback"
     call: str
@@ -146,6 +146,13 @@ class Run(_Entry):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class Resumed(_Entry):
+    """Here a run was gone on with; the last `dropped` entries before it are void, because their call is begun anew."""
+
+    kind: Literal["resumed"] = "resumed"
+    dropped: int
+
+
 class Evidence(BaseModel):
     """A span that an answer cites, with the frames and transcript lines seen there."""
 
@@ -173,7 +180,18 @@ class Result(_Entry):
 
 
 Entry = Annotated[
-    Run | Instruction | Observation | Reasoning | Call | Feedback | Memory | Claim | Judgement | Belief | Result,
+    Run
+    | Instruction
+    | Observation
+    | Reasoning
+    | Call
+    | Feedback
+    | Memory
+    | Claim
+    | Judgement
+    | Belief
+    | Resumed
+    | Result,
     Field(discriminator="kind"),
 ]
 _ANY: TypeAdapter[Entry] = TypeAdapter(Entry)

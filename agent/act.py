@@ -1,0 +1,185 @@
+"""`iv3 agent` and `iv3 chat`: a model, a video and a loop, their entries shown and traced as they happen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.budget import Budget
+from agent.entries import Entry, Result, Run
+from agent.loop import Loop
+from agent.phases import Phases
+from agent.run_view import lines_of
+from agent.tools.box import tools as box
+from agent.trace import Trace, TraceError, read_trace, resumed
+from agent.workspace import Workspace
+from ivcore.backend import choose, load
+from ivcore.hub import resolve
+from ivcore.media_file import readable_file
+from ivcore.sampling import Sampling
+from ivcore.tokenizer import Tokenizer
+from ivcore.video import probe
+
+if TYPE_CHECKING:
+    from agent.library import Collection
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of both commands; None leaves a choice to the checkpoint or to this machine."""
+
+    model: str
+    backend: str = "auto"
+    dtype: str | None = None
+    frame_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    budget: Budget = field(default_factory=Budget)
+    tools: tuple[str, ...] | None = None
+    library: str | None = None
+    speech_model: str | None = None
+    language: str | None = None
+
+    def traced(self) -> dict[str, Any]:
+        """What a rerun needs to know, for the trace."""
+        return {**asdict(self), "tools": None if self.tools is None else list(self.tools)}
+
+    @classmethod
+    def of(cls, run: Run) -> Options:
+        """Those of a traced run."""
+        given = dict(run.options)
+        given |= {"sampling": Sampling(**given["sampling"]), "budget": Budget(**given["budget"])}
+        return cls(**{**given, "tools": None if given["tools"] is None else tuple(given["tools"])})
+
+
+def agent(
+    video: str,
+    question: str,
+    options: Options,
+    *,
+    trace: str | None = None,
+    report: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Answer on stdout, with status and evidence; the turns on stderr, as they happen."""
+    path = readable_file(video)
+    run_entry, loop = begin(path, question, options)
+    entries: list[Entry] = []
+    follow(_with_first(run_entry, loop.ask(question)), entries, trace=trace)
+    _finish(entries, report, as_json)
+
+
+def go_on(trace: str, *, report: str | None = None, as_json: bool = False) -> None:
+    """As `agent`, from where a trace ends."""
+    entries = read_trace(trace)
+    run = entries[0]
+    assert isinstance(run, Run)  # read_trace lets nothing else be the first
+    if isinstance(entries[-1], Result):
+        raise TraceError(f"{trace} has its result already; see it with iv3 replay {trace}.")
+    kept, mark = resumed(entries[1:])
+    _, loop = begin(readable_file(run.path), run.question, Options.of(run), entries=kept, video=run.video)
+    show([run, *kept])
+    done: list[Entry] = [run, *kept]
+    follow(_with_first(mark, loop.go_on()), done, trace=trace, resume=True)
+    _finish([entry for entry in done if entry is not mark], report, as_json)
+
+
+def begin(
+    path: Path, question: str, options: Options, *, entries: Sequence[Entry] = (), video: str | None = None
+) -> tuple[Run, Loop]:
+    """The model loaded and a loop about the video, with the trace's first entry.
+
+    entries, video: of a run to go on from, and the content hash that its file must still have.
+    """
+    phases = Phases()
+    with phases, phases.phase("load"):
+        folder = resolve(options.model)
+        tokenizer = Tokenizer.from_dir(folder)
+        duration = probe(path).duration
+        model = load(folder, choose(options.backend), options.dtype)
+        model.stop_ids |= tokenizer.stop_ids
+    workspace = Workspace(
+        path,
+        model,
+        tokenizer,
+        speech_model=options.speech_model,
+        language=options.language,
+        frame_tokens=options.frame_tokens,
+    )
+    box(workspace, options.tools)  # an unknown name is better known before anything long is done
+    workspace.content = _content_hash(path)
+    if video is not None and video != workspace.content:
+        raise TraceError(f"{path} is another video than the run's; put the one back that it was about.")
+    workspace.notes = _collection(options, workspace)
+    run = Run(
+        path=str(path),
+        video=workspace.content,
+        duration=duration,
+        question=question,
+        model=options.model,
+        backend=model.backend,
+        dtype=model.dtype,
+        options=options.traced(),
+    )
+    loop = Loop(workspace, options.budget, sampling=options.sampling, tools=options.tools, entries=entries)
+    return run, loop
+
+
+def follow(entries: Iterable[Entry], done: list[Entry], *, trace: str | None = None, resume: bool = False) -> None:
+    """Take entries as they come: into the trace first, then onto the terminal, then into `done`."""
+    if trace is None:
+        for entry in entries:
+            show([entry])
+            done.append(entry)
+        return
+    with Trace(trace, resume=resume) as file:
+        for entry in entries:
+            file.append(entry)
+            show([entry])
+            done.append(entry)
+
+
+def show(entries: Iterable[Entry]) -> None:
+    """Entries on stderr, a Result apart, which is the answer."""
+    for entry in entries:
+        if not isinstance(entry, Result):
+            for line in lines_of(entry):
+                print(line, file=sys.stderr, flush=True)
+
+
+def _finish(entries: Sequence[Entry], report: str | None, as_json: bool) -> None:
+    result = entries[-1]
+    assert isinstance(result, Result)
+    if as_json:
+        print(json.dumps(result.model_dump(mode="json"), ensure_ascii=False))
+    else:
+        print("\n".join(lines_of(result)), flush=True)
+    if report is not None:
+        from agent.report import write_report
+
+        write_report(report, entries)
+
+
+def _with_first(first: Entry, rest: Iterable[Entry]) -> Iterator[Entry]:
+    yield first
+    yield from rest
+
+
+def _content_hash(path: Path) -> str:
+    from agent.library.content import content_hash
+
+    return content_hash(path)
+
+
+def _collection(options: Options, workspace: Workspace) -> Collection | None:
+    """Where notes are kept; None without a library."""
+    if options.library is None:
+        return None
+    from agent.embedding import Embedder
+    from agent.library import Library
+
+    library = Library(options.library, create=True)
+    return library.collection(options.model, Embedder(workspace.model, workspace.tokenizer).texts)
