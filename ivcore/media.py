@@ -41,6 +41,7 @@ class Videos(Protocol):
         mode: Mode,
         on_progress: Progress | None,
     ) -> Clip: ...
+    def decode_at(self, path: str | Path, times: Sequence[float], /, *, size: SizeRule | None) -> Clip: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class MediaLoader:
         """Tokens of a medium, 0 where they are not known before it is opened (images) or decoded (keyframes)."""
         if survey is None or (self._mode == "keyframes" and isinstance(item.source, Path)):
             return 0
-        n_frames = survey.frames if item.times is not None else len(self._indices(survey))
+        n_frames = len(item.times) if item.times is not None else len(self._indices(survey))
         return self._tokens(n_frames, self._size(item, n_frames, survey.height, survey.width))
 
     def _indices(self, survey: _Survey) -> np.ndarray:
@@ -139,6 +140,11 @@ class MediaLoader:
             times = tuple(float(index / survey.fps) for index in indices)
             unsaid = f"{item.name} does not say its fps; taken as {survey.fps:g} frames per second."
             return LoadedMedia(frames, Media("video", item.name, times, () if item.fps else (unsaid,)))
+        if item.times is not None:
+            clip = self._videos.decode_at(
+                _file(item), item.times, size=lambda n, _height, _width: size(n, survey.height, survey.width)
+            )
+            return LoadedMedia(clip.frames, Media("video", item.name, clip.timestamps, clip.warnings))
         clip = self._videos.decode(
             _file(item),
             fps=self._config.fps,

@@ -25,8 +25,8 @@ class MediaItem:
     """One image or video of a conversation, not opened yet.
 
     source: a file, the bytes of an image file, a PIL image, or uint8 pixels (H, W, 3) or (N, H, W, 3).
-    fps: frames per second of the clip that an array of frames is; None where it was not said. times: seconds of every
-        frame of such an array, which is then taken as it is, without sampling.
+    fps: frames per second of the clip that an array of frames is; None where it was not said. times: seconds of the
+        frames to take, without sampling: of a file those on the screen then, of an array all of its frames.
     where: its place in the messages, for errors.
     """
 
@@ -141,14 +141,17 @@ def _media(part: Mapping[str, Any], where: str) -> MediaItem:
 
 
 def _checked_times(times: Any, source: Any, where: str) -> tuple[float, ...]:
-    if not isinstance(source, np.ndarray) or source.ndim != 4:
-        raise PromptError(f"{where} is only for arrays of frames; a file knows its own times.")
+    frames = len(source) if isinstance(source, np.ndarray) and source.ndim == 4 else None
+    if frames is None and not isinstance(source, Path):
+        raise PromptError(f"{where} is only for videos.")
     try:
         seconds = np.asarray(times, np.float64)
     except (TypeError, ValueError):
         seconds = np.array(())
-    if seconds.shape != source.shape[:1] or not np.isfinite(seconds).all() or (np.diff(seconds) < 0).any():
-        raise PromptError(f"{where} must be one number of seconds for each of the {len(source)} frames, ascending.")
+    counted = seconds.ndim == 1 and len(seconds) and (frames is None or len(seconds) == frames)
+    if not counted or not np.isfinite(seconds).all() or (np.diff(seconds) < 0).any() or seconds[0] < 0:
+        what = "numbers of seconds" if frames is None else f"one number of seconds for each of the {frames} frames"
+        raise PromptError(f"{where} must be {what}, ascending.")
     return tuple(seconds.tolist())
 
 

@@ -46,8 +46,8 @@ def build_inputs(
     """The prompt that messages make: token ids, `Patches`, and where each medium came from.
 
     messages: in the Hugging Face form, {"type": "video", "video": path or frames}, with "fps" beside an array of frames
-        for the rate they were taken at, or with "times", the seconds of every frame, which are then all taken; or in
-        the OpenAI form, {"type": "image_url", "image_url": {"url": ...}}.
+        for the rate they were taken at, or with "times" for the seconds of the frames to take, which are all of an
+        array; or in the OpenAI form, {"type": "image_url", "image_url": {"url": ...}}.
     fps, min_frames, max_frames: how videos are sampled; None is what the checkpoint says.
     frame_tokens: the most tokens that a temporal patch of video, or an image, may cost.
     mode, on_progress: see `ivcore.video.decode`.

@@ -1,6 +1,6 @@
 """Decoded clips on disk, so that an epoch decodes nothing that an earlier one has: as frames, resized, before patches.
 
-- `ClipCache.probe` and `.decode` take what those of `ivcore.video` take and give the same.
+- `ClipCache.probe`, `.decode` and `.decode_at` take what those of `ivcore.video` take and give the same.
 - A clip is known by its file (path, size, time of the last change), by how it was sampled, and by its frames' size,
   which is all that a processor adds. A checksum tells a damaged entry, which is decoded anew.
 - Entries are written beside and renamed, so processes may share a folder. Beyond the limit the least recently used go;
@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 
 from ivcore.media import Mode
 from ivcore.media_file import readable_file
-from ivcore.video import Clip, SizeRule, VideoInfo, decode, probe, sample_indices
+from ivcore.video import Clip, SizeRule, VideoInfo, decode, decode_at, probe, sample_indices
 
 FORMAT = 1
 SUFFIX = ".clip"
@@ -89,7 +89,21 @@ class ClipCache:
             self.hits += 1
             return _to_clip(*found)
         self.misses += 1
-        clip = fresh()
+        return self._keep(entry, fresh())
+
+    def decode_at(self, path: str | Path, times: Sequence[float], *, size: SizeRule | None = None) -> Clip:
+        """As `ivcore.video.decode_at`."""
+        info = self.probe(path)
+        height_width = size(len(times), info.height, info.width) if size else (info.height, info.width)
+        entry = self._entry(path, [list(times), height_width])
+        found = _read(entry)
+        if found is not None:
+            self.hits += 1
+            return _to_clip(*found)
+        self.misses += 1
+        return self._keep(entry, decode_at(path, times, size=size))
+
+    def _keep(self, entry: Path, clip: Clip) -> Clip:
         header = {**asdict(replace(clip, frames=_NO_FRAMES)), "frames": clip.frames.shape}
         self._write(entry, header, np.ascontiguousarray(clip.frames).data.cast("B"))
         return clip

@@ -207,8 +207,18 @@ def test_frames_with_times_are_all_taken_and_say_when_they_were() -> None:
 def test_times_that_do_not_fit_the_frames_are_one_sentence(times: Any, message: str) -> None:
     with pytest.raises(PromptError, match=re.escape(message)):
         build_inputs(MICRO, user({"type": "video", "video": FRAMES, "times": times}, TEXT_PART))
-    with pytest.raises(PromptError, match="a file knows its own times"):
-        build_inputs(MICRO, user({"type": "video", "video": "x.mp4", "times": times}, TEXT_PART))
+    with pytest.raises(PromptError, match="times is only for videos"):
+        build_inputs(MICRO, user({"type": "image", "image": PICTURE, "times": times}, TEXT_PART))
+
+
+def test_a_file_gives_the_frames_on_the_screen_at_the_times(make_clip: Callable[..., Path]) -> None:
+    clip = make_clip("a.mp4", frames=40, fps=10)
+    part = {"type": "video", "video": str(clip), "times": [1.0, 1.55, 3.0, 3.2]}
+    inputs = build_inputs(MICRO, user(part, TEXT_PART), fps=0.01)
+    assert inputs.media[0].timestamps == pytest.approx((1.0, 1.5, 3.0, 3.2))
+    whole = build_inputs(MICRO, user({"type": "video", "video": str(clip)}, TEXT_PART), fps=10)
+    assert whole.grid_thw is not None and inputs.grid_thw is not None
+    assert inputs.grid_thw.tolist() == [[2, *whole.grid_thw[0, 1:].tolist()]]
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -54,6 +54,15 @@ def test_a_cached_clip_is_the_decoded_one(cache: ClipCache, make_clip: Callable[
         assert (cache.hits, cache.misses) == (hits, 1)
 
 
+def test_frames_at_given_times_are_cached_too(cache: ClipCache, clip: Path) -> None:
+    times = [0.3, 0.5]
+    for counted in ((0, 1), (1, 1)):
+        found, fresh = cache.decode_at(clip, times), decode_at(clip, times)
+        np.testing.assert_array_equal(found.frames, fresh.frames)
+        assert found.timestamps == fresh.timestamps and (cache.hits, cache.misses) == counted
+    assert cache.decode_at(clip, [0.3]).indices == fresh.indices[:1]
+
+
 def test_a_damaged_file_s_warnings_are_cached_too(cache: ClipCache, make_clip: Callable[..., Path]) -> None:
     file = make_clip("cut.mkv", frames=60, fps=10, size=(64, 48))
     content = file.read_bytes()
