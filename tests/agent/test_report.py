@@ -189,7 +189,7 @@ def test_links_lead_to_places_in_the_page_and_every_id_is_there_once(tmp_path: P
 def test_reasoning_is_folded_away(tmp_path: Path, film: Path) -> None:
     page = report(tmp_path, [run_of(film), *turns(), result()])
     assert len(page.all("details")) == 2 and all("open" not in attributes for attributes in page.all("details"))
-    assert page.folded == ["12 characters", "Use the tools.", "20 characters", "I look at all of it."]
+    assert page.folded == ["14 characters", "Use the tools.", "20 characters", "I look at all of it."]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 import train.clips
 from ivcore.prompt import build_inputs
-from ivcore.video import Clip, decode, probe
+from ivcore.video import Clip, decode, decode_at, probe
 from train.clips import ABANDONED_SECONDS, SPARE, ClipCache
 
 MICRO = Path(__file__).resolve().parents[1] / "data/reference/iv3-micro"
