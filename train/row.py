@@ -44,6 +44,7 @@ class Row:
     choices, answer: of a multiple choice question, and the index of the right one.
     span: (start, end) in seconds, the right answer to a question of when.
     kind: the row's own label, to evaluate by; dataset: the name of what it was read from.
+    tools: that the prompt offers, in the form that chat templates print; None for none.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Row:
     span: Span | None
     kind: str
     dataset: str
+    tools: tuple[dict[str, Any], ...] | None = None
 
     def prompt(self) -> tuple[dict[str, Any], ...]:
         """The messages without the answer they end with: what a rollout starts from."""
@@ -78,8 +80,9 @@ class Row:
 def parse_row(raw: Mapping[str, Any], folder: Path, stage: Stage, dataset: str = "") -> Row:
     """A row from the object of its line; paths of media are relative to `folder`.
 
-    The object has `messages`, and may have `choices` with `answer` (the right one's index or letter, or its text),
-    `span` ([start, end] in seconds), `duration` (of the clip, in seconds) and `kind`.
+    The object has `messages`, and may have `tools` (functions with their JSON schemas), `choices` with `answer` (the
+    right one's index or letter, or its text), `span` ([start, end] in seconds), `duration` (of the clip, in seconds)
+    and `kind`.
 
     Raises RowError for a row that the stage cannot use: cpt and sft need an assistant's message, rl something to
     verify. Clips must exist; they are not opened (see `Row.check_media`).
@@ -90,10 +93,12 @@ def parse_row(raw: Mapping[str, Any], folder: Path, stage: Stage, dataset: str =
     _check_roles(messages)
     choices, answer = _choices(raw)
     span = _span(raw.get("span"))
+    tools = _tools(raw.get("tools"))
     said = {"messages": messages, "choices": choices, "answer": answer, "span": span}
+    said |= {} if tools is None else {"tools": tools}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
     resolved = tuple(_resolve(message, folder) for message in messages)
-    row = Row(digest, resolved, _media(resolved), choices, answer, span, str(raw.get("kind", "")), dataset)
+    row = Row(digest, resolved, _media(resolved), choices, answer, span, str(raw.get("kind", "")), dataset, tools)
     _check_use(row, stage, raw.get("answer"))
     if span is not None:
         if not any(kind == "video" for kind, _ in row.media):
@@ -105,6 +110,14 @@ def parse_row(raw: Mapping[str, Any], folder: Path, stage: Stage, dataset: str =
         if not Path(path).is_file():
             raise RowError("missing clip", f"there is no file {path}")
     return row
+
+
+def _tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("malformed tools", "tools must be a list of functions with their schemas")
+    return tuple(tools)
 
 
 def _check_roles(messages: Sequence[Any]) -> None:

@@ -26,6 +26,8 @@ from ivcore.tokenizer import Tokenizer
 from ivcore.vision import Patches
 from train.row import Row
 
+Tools = Sequence[Mapping[str, Any]] | None
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -86,13 +88,13 @@ class SampleBuilder:
         Raises PromptError where it has more than max_tokens, no assistant's message, or a template in whose rendering
         that cannot be found; and MediaError.
         """
-        inputs = self._inputs(row.messages, add_generation_prompt=False)
-        trained = self.trained_places(row.messages, inputs)
+        inputs = self._inputs(row.messages, row.tools, add_generation_prompt=False)
+        trained = self.trained_places(row.messages, inputs, row.tools)
         return self._sample(row.id, inputs, inputs.token_ids, trained)
 
     def prompt(self, row: Row) -> ModelInputs:
         """What a rollout starts from: the conversation without its last answer, and the header of the next one."""
-        inputs = self._inputs(row.prompt(), add_generation_prompt=True)
+        inputs = self._inputs(row.prompt(), row.tools, add_generation_prompt=True)
         return replace(inputs, position_ids=self._positions(inputs.token_ids, inputs.grid_thw))
 
     def rollout(self, row_id: str, prompt: ModelInputs, generated: Sequence[int]) -> Sample:
@@ -100,18 +102,20 @@ class SampleBuilder:
         token_ids = np.concatenate([prompt.token_ids, np.asarray(generated, np.int32)])
         return self._sample(row_id, prompt, token_ids, np.arange(len(token_ids)) >= len(prompt.token_ids))
 
-    def trained_places(self, messages: Sequence[Mapping[str, Any]], inputs: ModelInputs) -> np.ndarray:
+    def trained_places(
+        self, messages: Sequence[Mapping[str, Any]], inputs: ModelInputs, tools: Tools = None
+    ) -> np.ndarray:
         """bool (S,): the tokens that the assistant wrote, with what closes each turn. PromptError as `sample`."""
         clean, _ = read_messages(messages)
-        whole = self._render(clean, header=False)
+        whole = self._render(clean, tools, header=False)
         places = np.zeros(len(inputs.token_ids), bool)
         for index, message in enumerate(clean):
             if message["role"] != "assistant":
                 continue
             where = f"messages[{index}]"
-            start = self._prefix(whole, clean[:index], header=True, where=where)
+            start = self._prefix(whole, clean[:index], tools, header=True, where=where)
             last = index + 1 == len(clean)
-            end = len(whole) if last else self._prefix(whole, clean[: index + 1], header=False, where=where)
+            end = len(whole) if last else self._prefix(whole, clean[: index + 1], tools, header=False, where=where)
             closing = np.flatnonzero(np.isin(whole[start:end], list(self._tokenizer.stop_ids)))
             if closing.size:  # what the template writes after it, a line break, the model never does
                 end = start + int(closing[-1]) + 1
@@ -123,11 +127,14 @@ class SampleBuilder:
             raise PromptError("The conversation has no assistant message to learn from.")
         return places
 
-    def _inputs(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> ModelInputs:
+    def _inputs(
+        self, messages: Sequence[Mapping[str, Any]], tools: Tools, *, add_generation_prompt: bool
+    ) -> ModelInputs:
         how = self.framing
         return self._build(
             self._tokenizer,
             messages,
+            tools=tools,
             fps=how.fps,
             min_frames=how.min_frames,
             max_frames=how.max_frames,
@@ -150,14 +157,16 @@ class SampleBuilder:
             merge_size=self._tokenizer.processor.merge_size,
         )
 
-    def _render(self, clean: Sequence[Mapping[str, Any]], *, header: bool) -> np.ndarray:
+    def _render(self, clean: Sequence[Mapping[str, Any]], tools: Tools, *, header: bool) -> np.ndarray:
         """Ids of a conversation with one placeholder a medium."""
-        pieces = self._tokenizer.template_pieces(clean, add_generation_prompt=header)
+        pieces = self._tokenizer.template_pieces(clean, tools, add_generation_prompt=header)
         return np.array(self._tokenizer.encode_pieces(pieces), np.int32)
 
-    def _prefix(self, whole: np.ndarray, clean: Sequence[Mapping[str, Any]], *, header: bool, where: str) -> int:
+    def _prefix(
+        self, whole: np.ndarray, clean: Sequence[Mapping[str, Any]], tools: Tools, *, header: bool, where: str
+    ) -> int:
         """How many tokens of `whole` the first messages take; PromptError where they are not its beginning."""
-        prefix = self._render(clean, header=header)
+        prefix = self._render(clean, tools, header=header)
         if not np.array_equal(prefix, whole[: len(prefix)]):
             raise PromptError(
                 f"{where}: the chat template writes what comes before it differently when the conversation goes on, so "

@@ -10,7 +10,7 @@ from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.transcript.transcript import transcript
 from agent.workspace import Workspace
 
-MOST_LINES = 60
+MOST_LINES = 100
 
 
 class Transcript:

@@ -1,0 +1,79 @@
+"""Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent.answering import Answering
+from agent.oracle.rows import FILMS, claims_of, windows_of
+from agent.oracle.runs import Oracle
+from agent.tools.box import tools
+from agent.tools.tool import schema
+from agent.workspace import Workspace
+from ivcore.files import write_beside
+from train.toyworld.compose import make_script
+from train.toyworld.dataset import kind_of
+from train.toyworld.questions import ask
+from train.toyworld.render import write_clip
+from train.toyworld.script import Script, Split, pick, random_of, seeds
+
+SHARES: Mapping[str, float] = {
+    "rare": 0.35, "colour": 0.08, "shape": 0.08, "direction": 0.09, "when": 0.1, "said": 0.15, "absent": 0.15,
+}  # fmt: skip
+DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
+"""Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
+
+
+def write_acts(folder: str | Path, split: Split, first: int, count: int, *, workers: int = 1) -> dict[str, Path]:
+    """Render films number first..first+count of a split and write `runs.jsonl`, `windows.jsonl` and `claims.jsonl`.
+
+    Films that an earlier call left are kept.
+    """
+    folder = Path(folder)
+    (folder / FILMS).mkdir(parents=True, exist_ok=True)
+    make = partial(_rows, folder)
+    # A forked child of a process with threads may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        made = list(pool.map(make, seeds(split, first, count), chunksize=4))
+    files = {}
+    for name in ("runs", "windows", "claims"):
+        files[name] = folder / f"{name}.jsonl"
+        write_beside(files[name], "".join(line for rows in made for line in rows[name]).encode())
+    return files
+
+
+def film(folder: Path, seed: int, kind: str, duration: float) -> tuple[Script, Path]:
+    """A film's script and its file, rendered unless it is there."""
+    script = make_script(seed, kind, duration)
+    path = folder / FILMS / f"{seed:07}-{kind}-{duration:g}s.mp4"
+    if not path.exists():
+        write_clip(path, script)
+    return script, path
+
+
+def _rows(folder: Path, seed: int) -> dict[str, list[str]]:
+    rng = random_of(seed, 5)
+    script, path = film(folder, seed, kind_of(seed, SHARES), pick(rng, DURATIONS))
+    question = ask(script)
+    workspace = Workspace(path, None, None)  # type: ignore[arg-type]  # nothing here asks a model
+    rows: dict[str, list[dict[str, Any]]] = {
+        "runs": [_run(Oracle(script, question, workspace, rng), script)],
+        "windows": list(windows_of(script, question, workspace, rng)),
+        "claims": list(claims_of(script, question, workspace, rng)),
+    }
+    return {name: [f"{json.dumps({**row, 'seed': seed})}\n" for row in each] for name, each in rows.items()}
+
+
+def _run(oracle: Oracle, script: Script) -> dict[str, Any]:
+    messages = oracle.run()
+    for part in (part for message in messages if isinstance(message["content"], list) for part in message["content"]):
+        if part["type"] == "video":
+            part["video"] = f"{FILMS}/{Path(part['video']).name}"
+    offered = [*map(schema, tools(oracle.workspace).values()), schema(Answering(oracle.workspace))]
+    return {"messages": messages, "tools": offered, "kind": f"run {script.kind}", "duration": script.duration}

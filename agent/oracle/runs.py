@@ -1,0 +1,163 @@
+"""A run as it should be: what a question takes is known from the script, and the tools that look do look.
+
+- `look`, `overview` and `transcript` run on the rendered film. What `ground` and `verify` would say is made of the
+  script, with the slips of a model: spans that are a little off, a first match that is another figure, or nothing.
+- A run goes on from a slip as it should: it looks, sees that this is not it, and tries the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from agent import prompts
+from agent.answering import Answering
+from agent.calls import parse, written
+from agent.context import Context
+from agent.entries import Call, Feedback, Instruction, Observation, Reasoning, Span
+from agent.oracle.wording import absent, asked_of, description, statement, told
+from agent.tools.look import Look, Overview
+from agent.tools.tool import Shown, call
+from agent.tools.transcribe import Transcript
+from agent.workspace import Workspace
+from train.toyworld.questions import Question
+from train.toyworld.score import span_text
+from train.toyworld.script import Figure, Script
+
+MARGIN = 0.5
+"""Seconds before and after a match that are looked at, too."""
+
+WRONG_FIRST, WRONG_IN_VAIN, GLANCES, CHECKS = 0.2, 0.25, 0.3, 0.3
+"""Shares of runs in which the first match is another figure; in which there is a match where there should be none; that
+begin with an overview; that verify before they answer."""
+
+
+@dataclass
+class Oracle:
+    """Acts out one run about a film."""
+
+    script: Script
+    question: Question
+    workspace: Workspace
+    rng: np.random.Generator
+    context: Context = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context = Context(frames=lambda seen: str(self.workspace.video))  # type: ignore[arg-type, return-value]
+        self.context.append(Instruction(role="system", text=prompts.SYSTEM))
+        duration = self.workspace.duration
+        self.context.append(Instruction(text=prompts.opening(self.workspace.video, duration, self.question.text)))
+
+    def run(self) -> list[dict[str, Any]]:
+        """The messages of the run, frames as the film's path with their times."""
+        if self.rng.random() < GLANCES:
+            self._act("", "overview", {}, lambda given: call(Overview(self.workspace), given))
+        (self._read if self.question.read else self._see)()
+        return self.context.messages()
+
+    def _see(self) -> None:
+        asked = asked_of(self.script, self.question)
+        key = self.script.keys[0]
+        what = description("direction" if absent(self.question) else asked, key.name)
+        matches = self._matches(key)
+        shown = Shown(_matched(matches)) if matches else Shown(self._in_vain())
+        self._act(f"Where is the {what}?", "ground", {"description": what}, lambda given: shown)
+        for number, (span, _) in enumerate(matches):
+            seen = self._look(span, first=number == 0)
+            if self._shows(span, key):
+                self._answer_seen(asked, key, seen)
+                return
+        self._answer_nothing()
+
+    def _matches(self, key: Figure) -> list[tuple[Span, float]]:
+        """What `ground` finds: spans and how sure it is."""
+        others = [figure for figure in self.script.figures if figure.name != key.name]
+        other = others[int(self.rng.integers(len(others)))]
+        wrong = (self._near(other.span), float(self.rng.uniform(0.5, 0.8)))
+        if absent(self.question):
+            return [wrong] if self.rng.random() < WRONG_IN_VAIN else []
+        right = (self._near(key.span), float(self.rng.uniform(0.6, 1.0)))
+        if self.rng.random() >= WRONG_FIRST:
+            return [right]
+        return [(wrong[0], max(wrong[1], right[1])), (right[0], min(wrong[1], right[1]))]
+
+    def _in_vain(self) -> str:
+        start = float(self.rng.uniform(0, self.script.duration - 4))
+        span, chance = (start, start + float(self.rng.uniform(1, 4))), float(self.rng.uniform(0, 0.5))
+        return f"Nothing from 0.0 to {self.script.duration:.1f} matches. The likeliest place is {_match(span, chance)}."
+
+    def _near(self, span: Span) -> Span:
+        start, end = (edge + float(self.rng.normal(0, 0.2)) for edge in span)
+        return max(start, 0.0), min(max(end, start + 0.5), self.script.duration)
+
+    def _look(self, span: Span, *, first: bool) -> str:
+        thought = f"It may be there from {span_text(span)}." if first else "That is not it. The next one."
+        near = max(round(span[0] - MARGIN, 1), 0.0), min(round(span[1] + MARGIN, 1), self.script.duration)
+        given = {"start": near[0], "end": near[1]}
+        self._act(thought, "look", given, lambda arguments: call(Look(self.workspace), arguments))
+        return self._last_seen()
+
+    def _shows(self, span: Span, key: Figure) -> bool:
+        return span[0] < key.span[1] and key.span[0] < span[1]
+
+    def _answer_seen(self, asked: str, key: Figure, seen: str) -> None:
+        claim = statement(asked, key)
+        if self.rng.random() < CHECKS:
+            start, end = round(key.span[0], 1), round(key.span[1], 1)
+            said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
+            self._act(claim, "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
+        self._answer(claim, seen)
+
+    def _read(self) -> None:
+        self._act("What is said?", "transcript", {}, lambda given: call(Transcript(self.workspace), given))
+        line = next((each for each in self.script.lines if each.span == self.question.span), None)
+        if absent(self.question) or line is None:
+            self._answer_nothing()
+            return
+        start, end = line.span
+        self._act(told(line), "transcript", {"start": start, "end": end},
+                  lambda given: call(Transcript(self.workspace), given))  # fmt: skip
+        self._answer(told(line), self._last_seen())
+
+    def _answer(self, claim: str, seen: str) -> None:
+        stated = [{"text": claim, "evidence": [seen]}]
+        self._say("", Answering.name, {"text": self.question.answer, "claims": stated})
+
+    def _answer_nothing(self) -> None:
+        thought = "That is not it." if any(True for _ in self.context.of(Observation)) else ""
+        self._say(thought, Answering.name, {"text": self.question.answer, "claims": [], "found": False})
+
+    def _say(self, thought: str, name: str, arguments: dict[str, Any]) -> Call:
+        said = "\n".join(part for part in (thought, written(name, arguments)) if part)
+        text, _ = parse(said)
+        self.context.append(Reasoning(text=text, said=said))
+        made = Call(id=self.context.next_id(Call), name=name, arguments=arguments)
+        self.context.append(made)
+        return made
+
+    def _act(self, thought: str, name: str, arguments: dict[str, Any], tool: Callable[[dict[str, Any]], Shown]) -> None:
+        made = self._say(thought, name, arguments)
+        shown = tool(arguments)
+        quoted = "\n".join(shown.quoted)
+        if not shown.is_evidence or shown.span is None:
+            self.context.append(Feedback(call=made.id, text=shown.text, quoted=quoted))
+            return
+        seen = Observation(
+            id=self.context.next_id(Observation), source=name, span=shown.span, times=shown.times, text=quoted
+        )
+        self.context.append(seen)
+        self.context.append(Feedback(call=made.id, text=shown.text, observation=seen.id))
+
+    def _last_seen(self) -> str:
+        return list(self.context.of(Observation))[-1].id
+
+
+def _matched(matches: list[tuple[Span, float]]) -> str:
+    return "Matches: " + ", ".join(_match(*each) for each in matches) + "."
+
+
+def _match(span: Span, chance: float) -> str:
+    return f"{span[0]:.1f} to {span[1]:.1f} ({chance:.2f})"
