@@ -40,7 +40,8 @@ class RowError(TrainingError):
 class Row:
     """One row of training data.
 
-    messages: in the Hugging Face form; media are {"type": "video", "video": absolute path}.
+    messages: in the Hugging Face form; media are {"type": "video", "video": absolute path}, with `times` where the row
+        says which frames.
     choices, answer: of a multiple choice question, and the index of the right one.
     span: (start, end) in seconds, the right answer to a question of when.
     kind: the row's own label, to evaluate by; dataset: the name of what it was read from.
@@ -206,11 +207,12 @@ def _resolve_part(part: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         value = value.get("url")
     medium = kind.removesuffix("_url")
+    times = {"times": part["times"]} if "times" in part else {}
     if not isinstance(value, str) or value[:5].lower() in ("http:", "https", "data:"):
-        return {"type": medium, medium: value}
+        return {"type": medium, medium: value, **times}
     if value[:5].lower() == "file:":
         value = url2pathname(unquote(urlsplit(value).path))
-    return {"type": medium, medium: str((folder / value).absolute()) if value else value}
+    return {"type": medium, medium: str((folder / value).absolute()) if value else value, **times}
 
 
 def _media(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[Literal["image", "video"], str], ...]:

@@ -161,6 +161,19 @@ def test_the_id_of_a_row_is_its_content_s(folder: Path, tmp_path: Path) -> None:
     assert plain.id == "0fd5fcd01d2e5718"
 
 
+def test_a_row_may_say_which_frames_it_shows_and_which_tools_it_offers(folder: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    shown = {**VIDEO, "times": [0.5, 1.5]}
+    parsed = parse_row({**showing(shown), "tools": [tool]}, folder, "sft")
+    assert parsed.tools == (tool,) and parsed.messages[0]["content"][0]["times"] == [0.5, 1.5]
+    assert parsed.id != parse_row(showing(shown), folder, "sft").id != parse_row(showing(VIDEO), folder, "sft").id
+    for tools in ([], {}, ["look"], "look"):
+        with pytest.raises(RowError, match="list of functions"):
+            parse_row({**row(), "tools": tools}, folder, "sft")
+    with pytest.raises(RowError, match="ascending"):
+        parse_row(showing({**VIDEO, "times": [1.5, 0.5]}), folder, "sft")
+
+
 def test_a_large_file_is_indexed_and_not_held(tmp_path: Path) -> None:
     text = {"messages": [{"role": "user", "content": "x" * 10_000}, answer()]}
     file = write(tmp_path / "large.jsonl", [text] * 2_000)

@@ -180,6 +180,18 @@ def test_an_answer_that_merges_with_its_header_is_an_error(tmp_path: Path) -> No
         builder.sample(row(turns("x", "he")))
 
 
+def test_tools_stand_in_the_prompt_and_change_nothing_about_what_is_trained() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    builder = SampleBuilder(Tokenizer.from_dir(MICRO))
+    without, offered = (
+        builder.sample(parse_row({"messages": messages, **extra}, Path(), "sft")) for extra in ({}, {"tools": [tool]})
+    )
+    assert offered.token_ids[offered.trained].tolist() == without.token_ids[without.trained].tolist()
+    rendered = Tokenizer.from_dir(MICRO).apply_template(messages, [tool], False)
+    assert offered.token_ids.tolist() == Tokenizer.from_dir(MICRO).encode(rendered)
+
+
 def test_a_conversation_without_an_answer_is_an_error() -> None:
     with pytest.raises(PromptError, match="no assistant message"):
         BUILDER.sample(row(turns("Hi?")))
