@@ -166,7 +166,8 @@ class Evidence(BaseModel):
 
 class Result(_Entry):
     """The last line of a trace that ended. stopped: the budget or the mistakes that ended it, None where it ended by
-    itself. prefilled, generated, frames: totals, the fresh looks of tools and verification included."""
+    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written and frames decoded,
+    the fresh looks of tools and verification included."""
 
     kind: Literal["result"] = "result"
     answer: str
@@ -175,6 +176,7 @@ class Result(_Entry):
     stopped: str | None = None
     turns: int = 0
     prefilled: int = 0
+    visual: int = 0
     generated: int = 0
     frames: int = 0
 

@@ -215,6 +215,7 @@ class Loop:
             stopped=stopped,
             turns=self._turn - self._first_turn(),
             prefilled=spent.prefilled,
+            visual=spent.visual,
             generated=spent.generated,
             frames=self.workspace.frames,
         )
