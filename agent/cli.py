@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent import cli_train, cli_weights
+from agent import cli_agent, cli_library, cli_train, cli_weights
 from agent.cli_options import Debug, Model, debugging, reset_debugging
 
 app = typer.Typer(
@@ -143,6 +143,8 @@ def parity(
 
 app.add_typer(cli_weights.app)
 app.add_typer(cli_train.train)
+app.add_typer(cli_agent.app)
+app.add_typer(cli_library.app)
 
 
 def main(arguments: list[str] | None = None) -> None:

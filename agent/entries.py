@@ -22,7 +22,7 @@ class _Entry(BaseModel):
     """turn: of the loop that it belongs to, from 0. tokens: by which it made the model's context longer; of an
     observation, its visual ones too. seconds: since the run began."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     turn: int = 0
     tokens: int = 0
@@ -166,8 +166,8 @@ class Evidence(BaseModel):
 
 class Result(_Entry):
     """The last line of a trace that ended. stopped: the budget or the mistakes that ended it, None where it ended by
-    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written and frames decoded,
-    the fresh looks of tools and verification included."""
+    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written, frames decoded; the
+    fresh looks of tools and verification included."""
 
     kind: Literal["result"] = "result"
     answer: str

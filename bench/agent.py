@@ -2,8 +2,8 @@
 
     python bench/agent.py [--model iv3-tiny] [--films 100] [--absent 50] [--backends torch,mlx] [--jobs 2]
 
-Films are rendered from held-out seeds of the toy world, ten minutes each, with an event of three seconds in it; in those
-of `absent` there is none. What was run is kept in OUT and not run again.
+Films are rendered from held-out seeds of the toy world, ten minutes each, with an event of three seconds in it; in
+those of `absent` there is none. What was run is kept in OUT and not run again.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def lines(model: str, found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     yield "# The agent on films of ten minutes\n"
     yield f"```\npython bench/agent.py --model {model}\n```\n"
     yield (
-        "An event of three seconds in a film of ten minutes, asked about once; one pass has as many visual tokens as the "
-        "agent's whole run, its fresh looks included. float32.\n"
+        "An event of three seconds in a film of ten minutes, asked about once; one pass has as many visual tokens as "
+        "the agent's whole run, its fresh looks included. float32.\n"
     )
     yield "| | " + " | ".join(found) + " |\n|" + "---|" * (1 + len(found))
     rows: list[tuple[str, Any]] = [

@@ -236,10 +236,11 @@ def test_of_many_frames_those_of_evidence_are_shown(tmp_path: Path, film: Path) 
         Observation(turn=n, id=f"p{n}", source="look", span=(n, n + 1), times=tuple((n + k / 10) for k in range(10)))
         for n in range(15)
     ]
-    page = report(tmp_path, [run_of(film), *many, result()])
+    cited = Evidence(observation="p4", span=(4.1, 4.4), times=(4.1, 4.3))  # between those shown of the observation
+    page = report(tmp_path, [run_of(film), *many, result(evidence=(cited,))])
     shown = {str(image["src"]) for image in page.all("img")}
     assert len(shown) <= MAX_PICTURES
-    assert {"Frame at 00:04.5", "Frame at 00:05.0"} <= {image["alt"] for image in page.all("img")}
+    assert {"Frame at 00:04.1", "Frame at 00:04.3"} <= {image["alt"] for image in page.all("img")}
 
 
 @pytest.mark.parametrize("harm", ["gone", "no video", "another video", "folder"])
