@@ -166,8 +166,8 @@ class Evidence(BaseModel):
 
 class Result(_Entry):
     """The last line of a trace that ended. stopped: the budget or the mistakes that ended it, None where it ended by
-    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written, frames decoded; the
-    fresh looks of tools and verification included."""
+    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written, frames decoded;
+    the fresh looks of tools and verification included."""
 
     kind: Literal["result"] = "result"
     answer: str
