@@ -83,11 +83,15 @@ class DistillStage:
             if not math.isfinite(sums["loss"]):
                 raise TrainingError(f"the loss of {self.blame()} is {sums['loss']}")
         update()
-        return {**summed(processes, sums), **answer_metrics(groups, processes), "epoch": self._roller.epoch()}
+        return {
+            **summed(processes, sums),
+            **answer_metrics([(group.tokens, group.lengths) for group in groups], processes),
+            "epoch": self._roller.epoch(),
+        }
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""
-        return named_rows(self._last)
+        return named_rows([group.position for group in self._last])
 
     def state(self) -> dict[str, Any]:
         return self._roller.state()

@@ -30,6 +30,7 @@ from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
 from train.distill import DistillStage, load_teacher, teacher_framing
+from train.environment import MakeEnvironment, Setting, SingleTurn
 from train.evaluate import evaluate
 from train.order import RowStream, joined
 from train.processes import ALONE, Processes, agreed, join
@@ -66,7 +67,7 @@ class Job:
     """What `iv3 train` is told.
 
     model: a folder or id; data: a file of rows; held_out: one whose rows are asked and judged every `evaluate_every`
-    steps and at the end; cache: a folder for decoded clips.
+    steps and at the end; cache: a folder for decoded clips; environment: where rl's rollouts come from.
     """
 
     recipe: Recipe
@@ -77,6 +78,7 @@ class Job:
     dtype: str | None = None
     cache: Path | None = None
     held_out: str | None = None
+    environment: MakeEnvironment = SingleTurn
 
 
 def train(job: Job, *, resume: bool = False, on_progress: Progress | None = None) -> RunFolder:
@@ -200,7 +202,8 @@ class Loop:
         builder = self._builder(framing, self._tokenizer)
         if isinstance(recipe, RlRecipe):
             reference = load_reference(recipe, self.trainer, self.base, job.backend, job.dtype)
-            return PolicyStage(recipe, phase, self.rows, builder, self._tokenizer, reference, seed, self.processes)
+            setting = Setting(recipe, phase, self.rows, builder, self._tokenizer, seed, self.processes)
+            return PolicyStage(recipe, phase, job.environment(setting), reference, self.processes)
         tokenizer, teacher = load_teacher(recipe, self.trainer, self.base, job.backend, job.dtype)
         teacher_builder = self._builder(teacher_framing(recipe.teacher, framing), tokenizer)
         return DistillStage(recipe, phase, self.rows, builder, teacher_builder, teacher, seed, self.processes)

@@ -12,40 +12,33 @@ import numpy as np
 
 from ivcore.backend import BackendName, load
 from ivcore.errors import TrainingError
-from ivcore.tokenizer import Tokenizer
 from ivcore.training import Batch, Policy
-from train.advantages import counted_rollouts, group_advantages, overlong_penalty
+from train.advantages import counted_rollouts, group_advantages
+from train.environment import Environment, Judged
 from train.processes import ALONE, Processes, agreed, by_lane, summed
 from train.recipe import ResolvedPhase, RlRecipe
-from train.rewards import Judge
-from train.rollouts import Group, Roller, answer_metrics, at_places, named_rows, packs
-from train.rows import Rows
-from train.samples import Sample, SampleBuilder
+from train.rollouts import answer_metrics, at_places, named_rows, packs
+from train.samples import Sample
 from train.trainer import Score, Trainer, Update, accumulate_all, frozen_score
 
 
 class PolicyStage:
     """Group-relative policy optimisation, step by step.
 
-    reference: gives the log-probabilities of the model that `kl_weight` holds the policy to; None where it is 0.
+    environment: where the rollouts come from. reference: gives the log-probabilities of the model that `kl_weight`
+    holds the policy to; None where it is 0.
     """
 
     def __init__(
         self,
         recipe: RlRecipe,
         phase: ResolvedPhase,
-        rows: Rows,
-        builder: SampleBuilder,
-        tokenizer: Tokenizer,
+        environment: Environment,
         reference: Score | None,
-        seed: int,
         processes: Processes = ALONE,
     ) -> None:
-        self._processes = processes
-        self._recipe, self._budget, self._builder = recipe, phase.data.max_tokens, builder
-        self._tokenizer, self._reference = tokenizer, reference
-        self._judge = Judge(recipe.rewards.weights, recipe.rewards.form)
-        self._roller = Roller(rows, phase, recipe.rollout, lambda row: (builder.prompt(row),), seed, processes)
+        self._processes, self._environment = processes, environment
+        self._recipe, self._budget, self._reference = recipe, phase.data.max_tokens, reference
 
     def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
         """Roll out, reward, and call `update` as often as the recipe says; not at all where no group has spread.
@@ -55,18 +48,20 @@ class PolicyStage:
         processes = self._processes
         with trainer.unsharded():
             with agreed(processes):
-                groups = self._last = self._roller.step(trainer.model)
-                rewards, kinds = self._rewards(groups)
-            metrics = self._reward_metrics(rewards, kinds) | answer_metrics(groups, processes)
+                groups = self._last = self._environment.step(trainer.model)
+            metrics = self._reward_metrics(groups) | answer_metrics(
+                [(group.tokens, group.answers) for group in groups], processes
+            )
+            rewards = np.array([group.rewards for group in groups])
             advantages = group_advantages(rewards, scale_by_std=self._recipe.scale_by_std)
-            cut_off = np.array([[answer.cut_off for answer in group.answers] for group in groups])
+            cut_off = np.array([[cut_off for _, cut_off in group.answers] for group in groups])
             counted = counted_rollouts(advantages, cut_off, mask_cut_off=self._recipe.mask_cut_off)
             metrics |= {
                 "skipped_groups": sum(processes.gather(advantages.skipped)),
-                "epoch": self._roller.epoch(),
+                "epoch": self._environment.epoch(),
             }
             places = [(int(group), int(number)) for group, number in np.argwhere(counted)]
-            samples = [self._sample(groups[group], number) for group, number in places]
+            samples = [groups[group].sample(number) for group, number in places]
             total = sum(processes.gather(sum(int(sample.trained.sum()) for sample in samples)))
             if not total:
                 return {**metrics, "updates": 0}
@@ -85,38 +80,23 @@ class PolicyStage:
 
     def blame(self) -> str:
         """The rows of the last step, for an error that comes after it."""
-        return named_rows(self._last)
+        return named_rows([group.position for group in self._last])
 
     def state(self) -> dict[str, Any]:
-        return self._roller.state()
+        return self._environment.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._roller.load_state(state)
+        self._environment.load_state(state)
 
-    def _rewards(self, groups: Sequence[Group]) -> tuple[np.ndarray, list[dict[str, list[float]]]]:
-        """(groups, size): the reward of every answer; and those of each kind, group by group."""
-        rewards = np.zeros((len(groups), self._recipe.rollout.rollouts))
-        kinds: list[dict[str, list[float]]] = [defaultdict(list) for _ in groups]
-        for index, group in enumerate(groups):
-            for number, answer in enumerate(group.answers):
-                score = self._judge(group.row, self._tokenizer.decode(answer.token_ids))
-                penalty = overlong_penalty(len(answer), self._recipe.rollout.max_tokens, self._recipe.overlong_buffer)
-                rewards[index, number] = score.total + penalty
-                for kind, reward in score.rewards.items():
-                    kinds[index][kind].append(float(reward.value))
-        return rewards, kinds
-
-    def _reward_metrics(self, rewards: np.ndarray, kinds: list[dict[str, list[float]]]) -> dict[str, float]:
+    def _reward_metrics(self, groups: Sequence[Judged]) -> dict[str, float]:
         """The means over all answers of all processes, by kind over those that have one of it."""
         found: defaultdict[str, list[float]] = defaultdict(list)
-        for group in by_lane(self._processes, kinds):
-            for kind, values in group.items():
+        for kinds in by_lane(self._processes, [dict(group.kinds) for group in groups]):
+            for kind, values in kinds.items():
                 found[kind] += values
         means = {f"reward_{kind}": float(np.mean(values)) for kind, values in sorted(found.items())}
-        return {"reward": float(np.mean(by_lane(self._processes, rewards.tolist()))), **means}
-
-    def _sample(self, group: Group, number: int) -> Sample:
-        return self._builder.rollout(group.row.id, group.prompts[0], group.answers[number].token_ids)
+        rewards = by_lane(self._processes, [group.rewards.tolist() for group in groups])
+        return {"reward": float(np.mean(rewards)), **means}
 
     def _batches(
         self, trainer: Trainer, samples: Sequence[Sample], advantages: np.ndarray, total: int

@@ -58,6 +58,11 @@ class Group:
         """Tokens read and written: of the prompt once, and of every answer."""
         return len(self.prompts[0].token_ids) + sum(map(len, self.answers))
 
+    @property
+    def lengths(self) -> list[tuple[int, bool]]:
+        """Of every answer its tokens, and whether it was cut off."""
+        return [(len(answer), answer.cut_off) for answer in self.answers]
+
 
 class Roller:
     """Draws a step's prompts, one a lane, and rolls them out.
@@ -160,11 +165,13 @@ def at_places(batch: Batch, values: np.ndarray) -> np.ndarray:
     return out
 
 
-def answer_metrics(groups: Sequence[Group], processes: Processes = ALONE) -> dict[str, float]:
+def answer_metrics(
+    groups: Sequence[tuple[int, Sequence[tuple[int, bool]]]], processes: Processes = ALONE
+) -> dict[str, float]:
     """What was sampled, by all processes: prompts, tokens, the mean and the largest length of answers, and the share of
-    those cut off."""
-    groups_said = [(group.tokens, [(len(answer), answer.cut_off) for answer in group.answers]) for group in groups]
-    everywhere = by_lane(processes, groups_said)
+    those cut off. groups: of each the tokens read and written, and its answers' lengths and whether they were cut off.
+    """
+    everywhere = by_lane(processes, list(groups))
     answers = [answer for _, said in everywhere for answer in said]
     return {
         "rows": len(everywhere),
@@ -175,7 +182,6 @@ def answer_metrics(groups: Sequence[Group], processes: Processes = ALONE) -> dic
     }
 
 
-def named_rows(groups: Sequence[Group]) -> str:
+def named_rows(positions: Sequence[int]) -> str:
     """The rows of a step, for an error: "rows 3, 17"."""
-    numbers = ", ".join(str(group.position) for group in groups)
-    return f"{'rows' if len(groups) > 1 else 'row'} {numbers}"
+    return f"{'rows' if len(positions) > 1 else 'row'} {', '.join(map(str, positions))}"

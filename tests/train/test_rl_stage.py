@@ -16,6 +16,7 @@ import train.rollouts
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
 from ivcore.training import NextToken
+from train.environment import Setting, SingleTurn
 from train.recipe import RlRecipe
 from train.recipe_file import parse_recipe
 from train.rl import PolicyStage, load_reference
@@ -88,7 +89,8 @@ def make_bench(runs: Any, backend: str, tmp_path: Path, monkeypatch: pytest.Monk
         builder = SampleBuilder(tokenizer)
         reference = load_reference(recipe, trainer, runs.MICRO, backend, None)  # type: ignore[arg-type]
         (phase,) = recipe.plan()
-        stage = PolicyStage(recipe, phase, rows, builder, tokenizer, reference, 0)
+        environment = SingleTurn(Setting(recipe, phase, rows, builder, tokenizer, 0))
+        stage = PolicyStage(recipe, phase, environment, reference)
         bench = Bench(stage, trainer, rows, builder, tokenizer, recipe)
         prompts = [tuple(builder.prompt(row).token_ids) for row in rows]
         answers = [
