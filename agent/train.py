@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ivcore.errors import TrainingError
+from train.environment import MakeEnvironment, SingleTurn
 from train.loop import Job
 from train.loop import train as run_stage
 from train.processes import is_first
+from train.recipe import Recipe, RlRecipe
 from train.recipe_file import read_recipe
 from train.tensorboard import TensorBoard
 
@@ -30,8 +32,9 @@ def train(
 
     Of several processes only the first says anything.
     """
+    known = read_recipe(recipe, overrides, stage=stage)
     job = Job(
-        read_recipe(recipe, overrides, stage=stage), model, data, Path(out), backend, dtype, held_out=held_out  # type: ignore[arg-type]
+        known, model, data, Path(out), backend, dtype, held_out=held_out, environment=_environment(known)  # type: ignore[arg-type]
     )  # fmt: skip
     if job.recipe.evaluate_every and held_out is None and is_first():
         _say(f"evaluate_every is {job.recipe.evaluate_every}, but without --held-out FILE nothing is evaluated.")
@@ -67,6 +70,14 @@ def train(
         _say(f"{count} rows could not be used; {rejected} says which and why.")
     result = next(name for name in ("adapter", "model") if (folder.path / name).exists())
     print(f"{folder.path / result}")
+
+
+def _environment(recipe: Recipe) -> MakeEnvironment:
+    if isinstance(recipe, RlRecipe) and recipe.environment == "acting":
+        from agent.oracle.environment import Acting
+
+        return Acting
+    return SingleTurn
 
 
 def _say(sentence: str) -> None:

@@ -26,6 +26,7 @@ class Workspace:
     """spent: what fresh looks cost, together. notes: where `note` writes and `recall` and `search` read, None for
     nowhere. speech_model, language: for speech recognition, see agent.transcript. frame_tokens: the most tokens of a
     pair of frames, None for what the checkpoint says. frames: that were decoded so far.
+    memo: what a tool has found out, by all that it follows from; runs about one video may share it.
     """
 
     video: Path
@@ -38,6 +39,7 @@ class Workspace:
     language: str | None = None
     frame_tokens: int | None = None
     frames: int = 0
+    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def duration(self) -> float:
