@@ -32,7 +32,7 @@ def train(
 
     Of several processes only the first says anything.
     """
-    known = read_recipe(recipe, overrides, stage=stage)
+    known = read_recipe(recipe, overrides, stage=stage)  # type: ignore[arg-type]
     job = Job(
         known, model, data, Path(out), backend, dtype, held_out=held_out, environment=_environment(known)  # type: ignore[arg-type]
     )  # fmt: skip

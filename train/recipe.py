@@ -230,10 +230,11 @@ class Rewards(Table):
 class RlRecipe(_Recipe):
     """Group-relative policy optimisation on verifiable rewards.
 
-    environment: what a rollout is, one answer to a prompt or a whole run of the agent. updates: optimiser steps on the rollouts of one step. clip_low, clip_high: how far the ratio of probabilities may
-    fall and rise. kl_weight: of the penalty for leaving the start. scale_by_std: divide advantages by the group's
-    standard deviation. overlong_buffer: tokens before the most in which a reward is lowered, by up to 1.
-    mask_cut_off: leave out rollouts that reached the most.
+    environment: what a rollout is, one answer to a prompt or a whole run of the agent. updates: optimiser steps on the
+    rollouts of one step. clip_low, clip_high: how far the ratio of probabilities may fall and rise. kl_weight: of the
+    penalty for leaving the start. scale_by_std: divide advantages by the group's standard deviation. overlong_buffer:
+    tokens before the most in which a reward is lowered, by up to 1. mask_cut_off: leave out rollouts that reached the
+    most.
     """
 
     stage: Literal["rl"]
