@@ -49,10 +49,13 @@ class Options:
 
     @classmethod
     def of(cls, run: Run) -> Options:
-        """Those of a traced run."""
+        """Those of a traced run; TraceError where they are not those of this version."""
         given = dict(run.options)
-        given |= {"sampling": Sampling(**given["sampling"]), "budget": Budget(**given["budget"])}
-        return cls(**{**given, "tools": None if given["tools"] is None else tuple(given["tools"])})
+        try:
+            given |= {"sampling": Sampling(**given["sampling"]), "budget": Budget(**given["budget"])}
+            return cls(**{**given, "tools": None if given["tools"] is None else tuple(given["tools"])})
+        except (KeyError, TypeError):
+            raise TraceError("The trace's run has options that this version does not know; run it anew.") from None
 
 
 def agent(
@@ -80,10 +83,13 @@ def go_on(trace: str, *, report: str | None = None, as_json: bool = False) -> No
     if isinstance(entries[-1], Result):
         raise TraceError(f"{trace} has its result already; see it with iv3 replay {trace}.")
     kept, mark = resumed(entries[1:])
+    if not kept and not run.question:  # a talk that was stopped before its first question
+        raise TraceError(f"{trace} has no question yet, so there is nothing to go on with; ask with iv3 chat.")
     _, loop = begin(readable_file(run.path), run.question, Options.of(run), entries=kept, video=run.video)
     show([run, *kept])
     done: list[Entry] = [run, *kept]
-    follow(_with_first(mark, loop.go_on()), done, trace=trace, resume=True)
+    rest = loop.go_on() if kept else loop.ask(run.question)
+    follow(_with_first(mark, rest), done, trace=trace, resume=True)
     _finish([entry for entry in done if entry is not mark], report, as_json)
 
 

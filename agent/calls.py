@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_CHARACTERS = 40_000
 """Of one call; what is longer is not even parsed."""
@@ -32,7 +34,10 @@ def parse(said: str) -> tuple[str, list[Parsed]]:
 
 def written(name: str, arguments: dict[str, Any]) -> str:
     """A call as a message of the model."""
-    return f"{OPEN}\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n{CLOSE}"
+    text = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    # A mark inside of an argument is no mark.
+    escaped = text.replace(OPEN, f"\\u003c{OPEN[1:]}").replace(CLOSE, f"\\u003c{CLOSE[1:]}")
+    return f"{OPEN}\n{escaped}\n{CLOSE}"
 
 
 def _parse_one(text: str, closed: bool) -> Parsed:
@@ -40,12 +45,12 @@ def _parse_one(text: str, closed: bool) -> Parsed:
     if len(text) > MOST_CHARACTERS:
         return Parsed("", shown, f"the call has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read.")
     try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f"character {error.pos}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        # The reader of traces: what it takes, a trace can hold, unlike half a surrogate pair, NaN or 300 nested lists.
+        call = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
         ended = "" if closed else f" and has no {CLOSE}"
         return Parsed(
-            "", shown, f"the call is no valid JSON ({where}){ended}; write one object with name and arguments."
+            "", shown, f"the call is no valid JSON ({error}){ended}; write one object with name and arguments."
         )
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return Parsed("", shown, "the call is no object with a name; write one with name and arguments.")

@@ -11,7 +11,8 @@ from agent.run_view import lines_of
 from agent.trace import TraceError, read_trace
 from ivcore.media_file import readable_file
 
-_OF_TIME = {"seconds"}
+_COSTS = {"seconds", "tokens", "prefilled", "generated", "context", "frames"}
+"""Of a run that was resumed they are others: it read again what it had read before it was stopped."""
 
 
 def replay(trace: str, *, rerun: bool = False, report: str | None = None) -> bool:
@@ -56,4 +57,4 @@ def _again(entries: list[Entry]) -> bool:
 
 
 def _content(entry: Entry) -> dict[str, Any]:
-    return entry.model_dump(exclude=_OF_TIME)
+    return entry.model_dump(exclude=_COSTS)

@@ -6,7 +6,7 @@ import re
 
 from agent.entries import Span
 
-_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
+_NUMBER = r"(?<![0-9.])([0-9]{1,6}(?:\.[0-9]+)?)(?![0-9])"
 _SPAN = re.compile(rf"{_NUMBER}\s*(?:s|seconds)?\s*(?:to|-|–|and)\s*{_NUMBER}")
 
 
@@ -18,7 +18,7 @@ def overlap(one: Span, other: Span) -> float:
 def iou(one: Span, other: Span) -> float:
     """Intersection over union, 0 to 1."""
     shared = overlap(one, other)
-    return shared / (one[1] - one[0] + other[1] - other[0] - shared) if shared else 0.0
+    return shared / ((one[1] - one[0]) + (other[1] - other[0]) - shared) if shared else 0.0
 
 
 def first_span(text: str, within: Span) -> Span | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pydantic import ValidationError
 
-from agent.entries import Entry, Resumed, Run, read_entry
+from agent.entries import Entry, Instruction, Resumed, Run, read_entry
 from agent.resume import resumable
 from ivcore.errors import IvError
 
@@ -40,7 +41,8 @@ class Trace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been said by `append`
+            self._file.close()
 
     def append(self, entry: Entry) -> None:
         """Write an entry; once this returns, a kill of this process does not lose it."""
@@ -57,8 +59,10 @@ def read_trace(path: str | Path) -> list[Entry]:
     Raises TraceError where the file cannot be read or is no trace.
     """
     entries: list[Entry] = []
-    for entry in _lines(Path(path)):
+    for number, entry in enumerate(_lines(Path(path)), 1):
         if isinstance(entry, Resumed):
+            if not 0 <= entry.dropped < len(entries):
+                raise TraceError(f"{path}, line {number}: {entry.dropped} entries before it cannot be void.")
             del entries[len(entries) - entry.dropped :]
         else:
             entries.append(entry)
@@ -68,8 +72,13 @@ def read_trace(path: str | Path) -> list[Entry]:
 
 
 def resumed(entries: Sequence[Entry]) -> tuple[list[Entry], Resumed]:
-    """The entries of a trace that a run goes on from, and the line that says so."""
+    """The entries of a trace that a run goes on from, and the line that says so.
+
+    entries: without the Run. Nothing is kept where the question had not been asked yet.
+    """
     kept, _ = resumable(entries)
+    if not any(isinstance(entry, Instruction) and entry.role == "user" for entry in kept):
+        return [], Resumed(dropped=len(entries))
     return kept, Resumed(dropped=len(entries) - len(kept), turn=kept[-1].turn, seconds=kept[-1].seconds)
 
 

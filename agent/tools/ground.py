@@ -66,12 +66,21 @@ class Ground:
         fine: list[Found] = []
         for each in coarse[:CANDIDATES]:
             near = max(each.span[0] - MARGIN, span[0]), min(each.span[1] + MARGIN, span[1])
-            closer = self._ask(description, near, FINE_FPS) if each.probability >= PRESENT else each
-            if not any(overlap(closer.span, other.span) for other in fine):
-                fine.append(closer)
-        return sorted(fine, key=lambda each: -each.probability)
+            fine.append(self._ask(description, near, FINE_FPS) if each.probability >= PRESENT else each)
+        best: list[Found] = []
+        for each in sorted(fine, key=lambda each: -each.probability):
+            if not any(overlap(each.span, other.span) for other in best):
+                best.append(each)
+        return best
 
     def _ask(self, description: str, window: Span, fps: float) -> Found:
+        known = (self.name, description, window, fps)
+        if known not in self._workspace.memo:
+            self._workspace.memo[known] = self._look(description, window, fps)
+        found: Found = self._workspace.memo[known]
+        return found
+
+    def _look(self, description: str, window: Span, fps: float) -> Found:
         clip = self._workspace.look(window, fps=fps, most=int(WINDOW * FINE_FPS))
         session = self._workspace.asked(clip, prompts.when(description))
         (absent,) = session.log_likelihoods([prompts.NOT_THERE])

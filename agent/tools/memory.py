@@ -64,11 +64,12 @@ class Note:
         self._workspace = workspace
 
     def __call__(self, arguments: Note.Arguments) -> Shown:
+        notes = held(self._workspace)
         from agent.library import Entry
 
         span = checked_span(arguments.start, arguments.end, self._workspace.duration)
         entry = Entry("note", span, arguments.text, SOURCE)
-        held(self._workspace).add_notes(self._workspace.content, self._workspace.video, [entry])
+        notes.add_notes(self._workspace.content, self._workspace.video, [entry])
         return Shown("Noted.")
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from agent import prompts
 from agent.entries import Span
+from agent.session import Session
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace
@@ -48,11 +49,16 @@ class Summarize:
     def _of_frames(self, span: Span) -> str:
         clip = self._workspace.look(span, fps=FRAMES / (span[1] - span[0]), most=FRAMES)
         session = self._workspace.asked(clip, prompts.SUMMARY, quoted=lines_in(self._workspace, span))
-        return f"{span[0]:.1f} to {span[1]:.1f}: {''.join(session.answer(WORDS)).strip()}"
+        return f"{span[0]:.1f} to {span[1]:.1f}: {_said(session)}"
 
     def _of_notes(self, notes: list[str]) -> str:
         first, last = notes[0].partition(" to ")[0], notes[-1].partition(": ")[0].partition(" to ")[2]
         session = self._workspace.fresh()
         text = "\n".join(f"> {note}" for note in notes)
         session.read([{"role": "user", "content": f"{prompts.SUMMARY_OF_PARTS}\n{text}"}])
-        return f"{first} to {last}: {''.join(session.answer(WORDS)).strip()}"
+        return f"{first} to {last}: {_said(session)}"
+
+
+def _said(session: Session) -> str:
+    """The model's answer in one line, so that the mark before a note marks all of it."""
+    return " ".join("".join(session.answer(WORDS)).split())

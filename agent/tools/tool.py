@@ -20,6 +20,8 @@ from ivcore.errors import IvError
 MOST_CHARACTERS = 4_000
 """Of one argument; a longer one is a mistake, not a request."""
 
+_SHOWN = 80  # characters of an argument's name, which a model may make up
+
 
 class ToolError(IvError):
     """A tool cannot do what it was asked for; the message is feedback to the model."""
@@ -81,7 +83,7 @@ def checked(tool: Tool, arguments: Mapping[str, Any]) -> Any:
     for name, value in arguments.items():
         if isinstance(value, str) and len(value) > MOST_CHARACTERS:
             raise ToolError(
-                f"{tool.name}: {name} has {len(value):,} characters; at most {MOST_CHARACTERS:,} are allowed."
+                f"{tool.name}: {_shown(name)} has {len(value):,} characters; at most {MOST_CHARACTERS:,} are allowed."
             )
     try:
         return tool.Arguments.model_validate(dict(arguments))
@@ -113,7 +115,11 @@ def checked_span(start: float | None, end: float | None, duration: float) -> Spa
 
 def _problem(error: Mapping[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "the arguments"
-    return f"{place}: {str(error['msg']).rstrip('.')}"
+    return f"{_shown(place)}: {str(error['msg']).rstrip('.')}"
+
+
+def _shown(name: str) -> str:
+    return " ".join(name.split())[:_SHOWN]
 
 
 def _signature(tool: Tool) -> str:

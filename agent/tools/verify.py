@@ -56,6 +56,13 @@ class Verify:
         return Check(verdicts[int(best.argmax())], float(best[0]), tuple(spans))
 
     def _one(self, claim: str, span: Span) -> np.ndarray:
+        known = (self.name, claim, span)
+        if known not in self._workspace.memo:
+            self._workspace.memo[known] = self._look(claim, span)
+        chances: np.ndarray = self._workspace.memo[known]
+        return chances
+
+    def _look(self, claim: str, span: Span) -> np.ndarray:
         duration = self._workspace.duration
         near = max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
         clip = self._workspace.look(near, fps=FPS, most=MOST_FRAMES)

@@ -1,0 +1,416 @@
+"""Every tool by itself: on real files, without a run around it, and with a model only where it asks one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent import prompts
+from agent.entries import Span
+from agent.library import Collection, Entry, Library, LibraryError, content_hash
+from agent.session import Session
+from agent.tools import ground
+from agent.tools.box import NAMES, OF_LIBRARY, tools
+from agent.tools.ground import Found, Ground, windows
+from agent.tools.look import MOST_FRAMES, Look, Overview
+from agent.tools.memory import Note, Recall, Search
+from agent.tools.summarize import Summarize
+from agent.tools.tool import MOST_CHARACTERS, Shown, Tool, ToolError, call, schema
+from agent.tools.transcribe import Segment, Transcript
+from agent.tools.verify import Verify
+from agent.workspace import Workspace
+from ivcore.backend import load
+from ivcore.tokenizer import Tokenizer
+from ivcore.video import decode
+from tests.agent.scripted import Scripted
+from train.toyworld.compose import make_script
+from train.toyworld.render import write_clip
+from train.toyworld.script import Script
+
+FOLDER = Path(__file__).resolve().parents[1] / "data/reference/iv3-micro"
+SCRIPT: Script = make_script(1, "said", 16.0)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tools") / "clip.mp4"
+    write_clip(path, SCRIPT)
+    return path
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Path:
+    """A clip without a text track."""
+    path = tmp_path / "silent.mp4"
+    write_clip(path, SCRIPT, subtitles=False)
+    return path
+
+
+def about(video: Path, **given: Any) -> Workspace:
+    """A workspace whose model nobody asks."""
+    return Workspace(video, None, None, **given)  # type: ignore[arg-type]
+
+
+def problem(tool: Tool, arguments: dict[str, Any]) -> str:
+    with pytest.raises(ToolError) as error:
+        call(tool, arguments)
+    (line,) = str(error.value).splitlines()
+    assert line.endswith(".") and len(line) < 500
+    return line
+
+
+# Frames
+
+
+def test_look_shows_the_frames_that_decoding_gives_at_their_times(clip: Path) -> None:
+    shown = call(Look(about(clip)), {"start": 2, "end": 5.0, "fps": 4})
+    there = decode(clip, fps=4, min_frames=2, max_frames=MOST_FRAMES, span=(2.0, 5.0))
+    assert shown.frames is not None and shown.is_evidence and shown.span == (2.0, 5.0)
+    np.testing.assert_array_equal(shown.frames, there.frames)
+    assert shown.times == there.timestamps and len(shown.times) == 12
+    assert shown.text == "12 frames of 2.0 to 5.0."
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0, 15.8), st.floats(0.1, 20), st.floats(0.5, 30))
+def test_look_shows_at_most_64_frames_of_its_span(clip: Path, start: float, length: float, fps: float) -> None:
+    shown = call(Look(workspace := about(clip)), {"start": start, "end": start + length, "fps": fps})
+    assert 1 <= len(shown.times) <= MOST_FRAMES and workspace.frames == len(shown.times)
+    # The frame that is on the screen when a span begins may have come up to a tick before.
+    assert all(start - 0.1 <= time < start + length for time in shown.times) and list(shown.times) == sorted(
+        shown.times
+    )
+    assert ("at most 64" in shown.text) == ((min(16.0, start + length) - start) * fps > MOST_FRAMES + 1)
+
+
+def test_overview_shows_keyframes_of_the_whole_or_a_span(clip: Path) -> None:
+    every = decode(clip, mode="keyframes", max_frames=1000)
+    shown = call(Overview(about(clip)), {})
+    assert shown.span == (0.0, 16.0) and set(shown.times) <= set(every.timestamps) and 1 <= len(shown.times) <= 8
+    for frames in (1, 3, 64):
+        part = call(Overview(about(clip)), {"start": 4.0, "end": 9.0, "frames": frames})
+        assert 1 <= len(part.times) <= frames and all(3.9 <= time < 9.0 for time in part.times)
+
+
+def test_a_video_that_is_gone_is_a_problem_of_the_call(silent: Path) -> None:
+    workspace = about(silent)
+    silent.unlink()
+    for tool in (Look(workspace), Segment(workspace), Transcript(workspace)):
+        assert "silent.mp4" in problem(tool, {"start": 1, "end": 2})
+
+
+# Shots and lines
+
+
+def test_segment_finds_the_cut_of_a_real_clip(shared_dir: Path) -> None:
+    shown = call(Segment(about(shared_dir / "videos/dog.mp4")), {})
+    assert shown.text == "2 shots:\n0.0 to 5.0\n5.0 to 8.0" and not shown.is_evidence
+
+
+def test_segment_finds_the_scenes_of_a_film(tmp_path: Path) -> None:
+    script = make_script(1, "shape", 20.0)
+    write_clip(tmp_path / "film.mp4", script)
+    lines = [f"{start:.1f} to {end:.1f}" for start, end in (scene.span for scene in script.scenes)]
+    assert call(Segment(about(tmp_path / "film.mp4")), {}).text.splitlines() == [f"{len(lines)} shots:", *lines]
+    assert len(lines) > 1
+
+
+def test_transcript_reads_the_embedded_track(clip: Path) -> None:
+    tool = Transcript(about(clip))
+    shown = call(tool, {})
+    assert list(shown.quoted) == [f"{line.span[0]:.1f} to {line.span[1]:.1f}: {line.text}" for line in SCRIPT.lines]
+    assert shown.span == (0.0, 16.0) and shown.is_evidence and len(SCRIPT.lines) > 1
+    one = SCRIPT.lines[0]
+    assert list(call(tool, {"start": one.span[0], "end": one.span[1]}).quoted) == list(shown.quoted)[:1]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_transcript_reads_a_sidecar_in_a_wrong_encoding(silent: Path, encoding: str) -> None:
+    nothing = call(Transcript(about(silent)), {})
+    assert nothing.text == "Nothing is said from 0.0 to 16.0." and not nothing.is_evidence
+    said = "Où est le café ? Là-bas, près du château, où l’élève déjeune.\nCréée à Genève."
+    silent.with_suffix(".srt").write_bytes(f"1\n00:00:01,000 --> 00:00:03,000\n{said}\n".encode(encoding))
+    shown = call(Transcript(about(silent)), {"start": 2.0})
+    assert list(shown.quoted) == [f"1.0 to 3.0: {' '.join(said.split())}"]
+
+
+# Finding
+
+
+class Knows:
+    """What a model would find that knows where an event is: sure of windows that hold a second of it."""
+
+    def __init__(self, event: Span | None) -> None:
+        self.event, self.asked = event, [(0.0, 0.0, 0.0)][:0]
+
+    def __call__(self, description: str, window: Span, fps: float) -> Found:
+        self.asked.append((*window, fps))
+        if self.event is None or min(window[1], self.event[1]) - max(window[0], self.event[0]) < 1.0:
+            return Found(window, 0.1)
+        found = max(window[0], self.event[0]), min(window[1], self.event[1])
+        return Found(found, min(0.5 + 0.4 * (found[1] - found[0]) / (self.event[1] - self.event[0]) + 0.01 * fps, 1.0))
+
+
+def grounding(monkeypatch: pytest.MonkeyPatch, knows: Any) -> Ground:
+    monkeypatch.setattr(Workspace, "duration", 600.0)
+    monkeypatch.setattr(Ground, "_ask", lambda self, *asked: knows(*asked))
+    return Ground(about(Path("film.mp4")))
+
+
+@pytest.mark.parametrize("start", [0.0, 10.5, 14.5, 100.25, 300.0, 597.0])
+def test_ground_finds_an_event_of_three_seconds_in_ten_minutes(monkeypatch: pytest.MonkeyPatch, start: float) -> None:
+    knows = Knows((start, start + 3.0))
+    tool = grounding(monkeypatch, knows)
+    best = tool.find("a red circle", (0.0, 600.0))[0]
+    assert best.span == (start, start + 3.0) and best.probability == pytest.approx(0.94)
+    coarse = [each[:2] for each in knows.asked if each[2] == ground.COARSE_FPS]
+    assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES
+    assert all(0 <= first < last <= 600 for first, last, _ in knows.asked)
+    assert call(tool, {"description": "a red circle"}).text == f"Matches: {start:.1f} to {start + 3:.1f} (0.94)."
+
+
+def test_ground_looks_in_the_named_span_only_and_says_when_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    knows = Knows((100.0, 103.0))
+    shown = call(grounding(monkeypatch, knows), {"description": "a red circle", "start": 200.0, "end": 210.0})
+    assert shown.text == "Nothing from 200.0 to 210.0 matches. The likeliest place is 200.0 to 210.0 (0.10)."
+    assert [each[:2] for each in knows.asked] == [(200.0, 210.0)] and not shown.is_evidence
+
+
+def test_of_matches_that_overlap_ground_keeps_the_one_that_a_closer_look_finds_likelier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter([(0.9, (10.0, 14.0)), (0.8, (12.0, 15.0)), (0.1, (24.0, 40.0))])  # coarse
+    closer = iter([(0.3, (10.0, 14.0)), (0.95, (12.0, 15.0))])
+
+    def ask(description: str, window: Span, fps: float) -> Found:
+        probability, span = next(answers if fps == ground.COARSE_FPS else closer)
+        return Found(span, probability)
+
+    found = grounding(monkeypatch, ask).find("a red circle", (0.0, 40.0))
+    assert [each.span for each in found] == [(12.0, 15.0), (24.0, 40.0)]
+
+
+@settings(deadline=None)
+@given(st.floats(0, 5_000), st.floats(0.1, 5_000))
+def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(start: float, length: float) -> None:
+    span = start, start + length
+    found = windows(span)
+    assert found[0][0] == start and found[-1][1] == pytest.approx(span[1])
+    assert all(0 < last - first <= ground.WINDOW + 1e-6 for first, last in found)
+    for (_, last), (first, _) in pairwise(found):
+        assert last - first == pytest.approx(ground.OVERLAP, abs=1e-6)
+    assert all(last <= span[1] for _, last in found)
+
+
+# What the model is asked
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_dir(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load(FOLDER, "torch", "float32")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of all messages that sessions read, in order."""
+    texts: list[str] = []
+    read = Session.read
+
+    def spy(self: Session, messages: Sequence[Any]) -> int:
+        content = messages[-1]["content"]
+        texts.append(content if isinstance(content, str) else content[-1]["text"])
+        return read(self, messages)
+
+    monkeypatch.setattr(Session, "read", spy)
+    return texts
+
+
+@pytest.mark.parametrize(("likeliest", "verdict"), [(0, "support"), (1, "contradict"), (2, "unclear")])
+def test_verify_asks_for_one_word_in_a_fresh_context(
+    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, asked: list[str],
+    likeliest: int, verdict: str,
+) -> None:  # fmt: skip
+    def scores(self: Session, answers: Sequence[str]) -> np.ndarray:
+        assert list(answers) == list(prompts.VERDICTS) and len(self.messages) == 1
+        return np.log([0.8 if place == likeliest else 0.1 for place in range(3)]) - 40
+
+    monkeypatch.setattr(Session, "log_likelihoods", scores)
+    line = SCRIPT.lines[0]
+    shown = call(Verify(Workspace(clip, model, tokenizer)), {"claim": "It is so.", "start": 2.0, "end": 2.5})
+    assert shown.text == f"2.0 to 2.5: {verdict} ({0.8 if likeliest == 0 else 0.1:.2f})." and not shown.is_evidence
+    assert len(asked) == 1 and asked[0].endswith(prompts.claim("It is so."))
+    assert (line.text in asked[0]) == (line.span[0] < 3.5 and line.span[1] > 1.0)  # a second around is seen, too
+
+
+def test_of_several_spans_one_that_decides_is_enough(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chances = {1.0: [0.1, 0.2, 0.7], 2.0: [0.6, 0.1, 0.3], 3.0: [0.2, 0.5, 0.3]}
+    monkeypatch.setattr(Verify, "_one", lambda self, claim, span: np.array(chances[span[0]]))
+    check = Verify(about(clip)).check("It is so.", [(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)])
+    assert (check.verdict, check.support, len(check.spans)) == ("support", 0.6, 3)
+    assert Verify(about(clip)).check("It is so.", []).verdict == "unclear"
+
+
+def test_ground_reads_a_span_and_a_probability_out_of_the_model(
+    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "log_likelihoods", lambda self, answers: np.log([0.25]))
+    scripted: Any = Scripted(model, tokenizer, ["It is there from 3.0 to 99 seconds.", "nowhere"])
+    tool = Ground(Workspace(clip, scripted, tokenizer))
+    assert tool._ask("a circle", (2.0, 4.0), 1.0) == Found((3.0, 4.0), 0.75)
+    assert tool._ask("a square", (2.0, 4.0), 1.0) == Found((2.0, 4.0), 0.75)
+    assert tool._ask("a circle", (2.0, 4.0), 1.0) == Found((3.0, 4.0), 0.75)  # known: nobody is asked again
+
+
+def test_summaries_of_parts_are_merged_eight_at_a_time(
+    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    monkeypatch.setattr("agent.tools.summarize.PART", 1.6)
+    monkeypatch.setattr("agent.tools.summarize.FRAMES", 2)
+    answers = [*[f"Part {number}.\nIgnore the rest." for number in range(10)], "First: eight.", "Last two.", "All: it."]
+    scripted: Any = Scripted(model, tokenizer, answers)
+    shown = call(Summarize(Workspace(clip, scripted, tokenizer)), {})
+    assert (shown.text, list(shown.quoted)) == ("Summary of 0.0 to 16.0.", ["All: it."]) and not scripted._answers
+    assert [prompts.SUMMARY in each for each in asked] == [True] * 10 + [False] * 3
+    merged = [each.removeprefix(f"{prompts.SUMMARY_OF_PARTS}\n").splitlines() for each in asked[10:]]
+    assert [len(each) for each in merged] == [8, 2, 2] and all(
+        line.startswith("> ") for each in merged for line in each
+    )
+    assert merged[0][1] == "> 1.6 to 3.2: Part 1. Ignore the rest."
+    assert merged[2] == ["> 0.0 to 12.8: First: eight.", "> 12.8 to 16.0: Last two."]
+
+
+# Memory
+
+
+def embed(texts: Sequence[str]) -> np.ndarray:
+    """float32 (n, 8): the same text, the same vector."""
+    seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts]
+    return np.stack([np.random.default_rng(seed).standard_normal(8) for seed in seeds]).astype(np.float32)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Collection:
+    return Library(tmp_path / "library", create=True).collection("micro", embed)
+
+
+def test_what_is_noted_is_recalled_and_searched_in_this_video_alone(clip: Path, notes: Collection) -> None:
+    workspace = about(clip, notes=notes, content=content_hash(clip))
+    note, recall, search = Note(workspace), Recall(workspace), Search(workspace)
+    assert call(recall, {"query": "circle"}).text == "Nothing matches."
+    passage = Entry("passage", (4.0, 5.0), "The red circle\nlikes plums.", "subtitles")
+    notes.replace(workspace.content, clip, {}, [passage])
+    notes.add_notes("0" * 64, "other.mp4", [Entry("note", (0.0, 1.0), "A circle elsewhere.", "agent")])
+    assert call(note, {"text": "A circle comes in.", "start": 2.0, "end": 3.5}) == Shown("Noted.")
+    assert call(note, {"text": "Nobody speaks."}) == Shown("Noted.")
+    found = call(recall, {"query": "a circle comes in"})
+    assert found.quoted[0] == "note, 2.0 to 3.5: A circle comes in." and not found.is_evidence
+    assert set(found.quoted[1:]) == {"note, 0.0 to 16.0: Nobody speaks."}
+    assert found.text == "2 matches, the best first."
+    every = call(search, {"query": "circle likes plums"}).quoted
+    assert every[0] == "passage, 4.0 to 5.0: The red circle likes plums." and len(every) == 3
+    assert "elsewhere" not in " ".join(every)
+
+
+def test_a_note_that_the_library_refuses_is_a_problem_of_the_call(clip: Path, notes: Collection) -> None:
+    workspace = about(clip, notes=notes, content=content_hash(clip))
+    assert problem(Note(workspace), {"text": " "}).startswith("note: ")
+    assert problem(Note(workspace), {"text": "There.", "start": 20.0, "end": 21.0}).startswith("the video ends at 16.0")
+
+
+def test_without_a_library_its_tools_are_not_offered_and_say_so_when_called(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(tools(about(clip))) == set(NAMES) - OF_LIBRARY
+    named = tools(about(clip), ["note", "recall", "search"])
+    monkeypatch.setattr("agent.library.Entry", lambda *given: pytest.fail("LanceDB is not needed to say so"))
+    for tool, arguments in zip(named.values(), ({"text": "x"}, {"query": "x"}, {"query": "x"}), strict=True):
+        assert problem(tool, arguments) == "there is no library here; go on without it."
+
+
+def test_all_tools_are_offered_with_a_library_and_an_unknown_one_is_named(clip: Path, notes: Collection) -> None:
+    assert tuple(tools(about(clip, notes=notes))) == NAMES
+    with pytest.raises(ToolError, match=r"^There is no tool 'zoom'; there are overview, .*verify\.$"):
+        tools(about(clip), ["look", "zoom"])
+
+
+# Arguments
+
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "overview": {}, "segment": {}, "look": {"start": 1.0, "end": 2.0}, "ground": {"description": "x"},
+    "transcript": {}, "search": {"query": "x"}, "note": {"text": "x"}, "recall": {"query": "x"}, "summarize": {},
+    "verify": {"claim": "x", "start": 1.0, "end": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_one_sentence(clip: Path, name: str) -> None:
+    tool = tools(about(clip), [name])[name]
+    given = REQUIRED[name]
+    assert "zoom: Extra inputs are not permitted. It takes " in problem(tool, {**given, "zoom": 1})
+    assert "Extra inputs" in problem(tool, {**given, "x\n" * 10_000: 1})
+    for field, value in given.items():
+        missing = {key: value for key, value in given.items() if key != field}
+        assert f"{name}: {field}: Field required. It takes {', '.join(given)}" in problem(tool, missing)
+        assert f"{name}: {field}: " in problem(tool, {**given, field: [1]})
+        if isinstance(value, str):
+            assert f"{name}: {field}: " in problem(tool, {**given, field: ""})
+            expected = f"{name}: {field} has 40,000 characters; at most {MOST_CHARACTERS:,} are allowed."
+            assert problem(tool, {**given, field: "x" * 40_000}) == expected
+    if "start" in tool.Arguments.model_fields and name != "note":
+        for start, end, said in (
+            (5, 4, "5 to 4 is no span"),
+            (-1, 4, "-1 to 4 is no span"),
+            (3, 3, "3 to 3 is no span"),
+            (float("nan"), 4, "nan to 4 is no span"),
+            (20, 30, "the video ends at 16.0 s (00:16.0), before 20; ask for less."),
+        ):
+            assert said in problem(tool, {**given, "start": start, "end": end})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("look", {"fps": 0}, "fps: Input should be greater than 0"),
+        ("look", {"fps": 31}, "fps: Input should be less than or equal to 30"),
+        ("overview", {"frames": 65}, "frames: Input should be less than or equal to 64"),
+        ("overview", {"frames": 0}, "frames: Input should be greater than or equal to 1"),
+    ],
+)
+def test_rates_and_numbers_have_limits(clip: Path, name: str, arguments: dict[str, Any], said: str) -> None:
+    assert said in problem(tools(about(clip), [name])[name], {**REQUIRED[name], **arguments})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schema_names_the_fields_and_which_are_required(clip: Path, name: str) -> None:
+    tool = tools(about(clip), [name])[name]
+    told = json.loads(json.dumps(schema(tool)))
+    assert told["type"] == "function" and told["function"]["name"] == name and told["function"]["description"]
+    parameters = told["function"]["parameters"]
+    assert parameters["type"] == "object" and parameters["additionalProperties"] is False
+    assert set(parameters["properties"]) == set(tool.Arguments.model_fields)
+    assert parameters.get("required", []) == list(REQUIRED[name])
+    types = {"string", "number", "integer", "null"}
+    for field in parameters["properties"].values():
+        assert {each["type"] for each in field.get("anyOf", [field])} <= types and "title" not in field
+
+
+def test_a_library_error_of_a_search_is_a_problem_of_the_call(clip: Path, notes: Collection) -> None:
+    workspace = about(clip, notes=notes, content="no hash")
+    with pytest.raises(LibraryError):
+        notes.search("x", video="no hash")
+    assert problem(Search(workspace), {"query": "x"}).startswith("search: 'no hash' is not the content hash")
