@@ -34,7 +34,8 @@ class Beliefs:
     def __post_init__(self) -> None:
         for last in self.context.of(Belief):
             self._hypotheses = {each.text: each for each in last.hypotheses}
-        self._weighed = sum(1 for _ in self.context.of(Observation))
+        last_belief = max((n for n, each in enumerate(self.context.entries) if isinstance(each, Belief)), default=0)
+        self._weighed = sum(isinstance(each, Observation) for each in self.context.entries[:last_belief])
 
     def update(self, session: Session) -> Belief:
         """The belief after what the session has read."""

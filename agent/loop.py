@@ -173,7 +173,7 @@ class Loop:
             messages = self.context.messages()
             known = len(self.session.messages)
             try:
-                if known and messages[:known] == self.session.messages:
+                if known and not self.session.waits and messages[:known] == self.session.messages:
                     self._prefilled += self.session.read(messages[known:])
                 else:
                     self._prefilled += self.session.rewrite(messages)

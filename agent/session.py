@@ -62,6 +62,11 @@ class Session:
         """Tokens in the cache."""
         return int(self._cache.length)
 
+    @property
+    def waits(self) -> bool:
+        """Whether something was read that has no answer yet."""
+        return self._logits is not None
+
     def read(self, messages: Sequence[Message]) -> int:
         """Append messages, none of them an answer, and prefill them; returns how many tokens that took."""
         if self._logits is not None:
@@ -142,7 +147,12 @@ class Session:
         )  # fmt: skip
         if held and (cut_off := self._answers[held][1]) is not None:
             inputs = replace(inputs, token_ids=np.concatenate(([cut_off], inputs.token_ids)).astype(np.int32))
-        self._logits = self.model.prefill(inputs, self._cache, on_progress=self._on_progress)
+        before = self.length
+        try:
+            self._logits = self.model.prefill(inputs, self._cache, on_progress=self._on_progress)
+        except BaseException:  # Ctrl-C between two chunks must not leave the first one there
+            self._cache.trim(self.length - before)
+            raise
         self.messages = list(messages)
         self.spent.prefilled += len(inputs.token_ids)
         self.spent.visual += _visual_tokens(self.model, inputs)

@@ -277,3 +277,30 @@ def test_the_first_message_names_the_video_its_length_and_the_question(make: Mak
     system, user = loop.context.messages()[:2]
     assert system == {"role": "system", "content": prompts.SYSTEM}
     assert user["content"] == f"Video: {clip.name}, 16.0 seconds.\nQuestion: What moves?"
+
+
+def test_a_question_after_one_that_was_stopped_while_it_was_weighed_is_answered(
+    make: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make(LOOK, answer("blue", "o1"), verdicts=["support"])
+
+    def stop(session: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.beliefs, "update", stop)
+        run(loop)
+    assert result(run(loop, "What moves now?")).answer == "blue"
+
+
+def test_a_belief_that_is_gone_on_with_weighs_what_was_seen_since(make: MakeLoop) -> None:
+    whole = run(make(LOOK, answer("blue", "o1"), verdicts=["support"]))
+    place = next(n for n, each in enumerate(whole) if isinstance(each, Feedback))
+    kept = [read_entry(each.model_dump_json()) for each in whole[: place + 1]]
+    again = list(make(answer("blue", "o1"), verdicts=["support"], entries=kept).go_on())
+    first, second = (
+        next(each for each in entries if isinstance(each, Belief)) for entries in (whole[place + 1 :], again)
+    )
+    assert [(each.text, each.pro, each.contra) for each in first.hypotheses] == [
+        (each.text, each.pro, each.contra) for each in second.hypotheses
+    ]

@@ -115,3 +115,21 @@ def test_two_questions_without_an_answer_between_them_are_a_mistake(session: Ses
     session.read([SYSTEM, QUESTION])
     with pytest.raises(ValueError, match="waits for an answer"):
         session.read([QUESTION])
+
+
+def test_a_prefill_that_is_stopped_leaves_nothing_in_the_cache(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = session.model.prefill
+
+    def stopped(inputs: Any, cache: Any, **options: Any) -> Any:
+        real(inputs, cache)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.model, "prefill", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        session.read([SYSTEM, QUESTION])
+    assert session.length == 0 and not session.waits
+    monkeypatch.setattr(session.model, "prefill", real)
+    session.read([SYSTEM, QUESTION])
+    np.testing.assert_allclose(told(session), fresh_logits(session, [SYSTEM, QUESTION]), rtol=0, atol=2e-4)
