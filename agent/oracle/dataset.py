@@ -1,4 +1,5 @@
-"""Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check."""
+"""Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check, and for
+rl the question by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.answering import Answering
-from agent.oracle.rows import FILMS, claims_of, windows_of
+from agent.oracle.rows import FILMS, claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
 from agent.tools.box import tools
 from agent.tools.tool import schema
@@ -29,9 +30,12 @@ SHARES: Mapping[str, float] = {
 DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
 """Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
 
+NAMES = ("runs", "windows", "claims", "questions")
+"""What there is of a film; `questions` are the rows of `environment.Acting`."""
+
 
 def write_acts(folder: str | Path, split: Split, first: int, count: int, *, workers: int = 1) -> dict[str, Path]:
-    """Render films number first..first+count of a split and write `runs.jsonl`, `windows.jsonl` and `claims.jsonl`.
+    """Render films number first..first+count of a split and write a JSONL for each of NAMES.
 
     Films that an earlier call left are kept.
     """
@@ -42,7 +46,7 @@ def write_acts(folder: str | Path, split: Split, first: int, count: int, *, work
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = list(pool.map(make, seeds(split, first, count), chunksize=4))
     files = {}
-    for name in ("runs", "windows", "claims"):
+    for name in NAMES:
         files[name] = folder / f"{name}.jsonl"
         write_beside(files[name], "".join(line for rows in made for line in rows[name]).encode())
     return files
@@ -66,6 +70,7 @@ def _rows(folder: Path, seed: int) -> dict[str, list[str]]:
         "runs": [_run(Oracle(script, question, workspace, rng), script)],
         "windows": list(windows_of(script, question, workspace, rng)),
         "claims": list(claims_of(script, question, workspace, rng)),
+        "questions": [question_of(script, question, workspace)],
     }
     return {name: [f"{json.dumps({**row, 'seed': seed})}\n" for row in each] for name, each in rows.items()}
 

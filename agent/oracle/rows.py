@@ -1,5 +1,7 @@
 """What the model is asked in fresh contexts: by `ground` when something is to be seen, by `verify` for a verdict.
 
+And a film's question by itself, which a run is to answer.
+
 The words and the sampling are those of the tools, so a row is what the model will meet.
 """
 
@@ -70,6 +72,19 @@ def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.
     yield _claim(statement(asked, key), elsewhere, "unclear", workspace)
 
 
+def question_of(script: Script, question: Question, workspace: Workspace) -> Row:
+    """A row of `environment.Acting`: `span` is where the answer is to be seen or read."""
+    content = [_video(workspace), {"type": "text", "text": question.text}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": question.answer}]
+    made: Row = {"messages": messages, "kind": f"run {question.kind}", "duration": script.duration}
+    choices = question.choices
+    if absent(question) and not choices:  # asked when it is there, which has no choices
+        choices = (span_text(script.keys[0].span), question.answer)
+    if choices:
+        made |= {"choices": choices, "answer": choices.index(question.answer)}
+    return made if question.span is None else {**made, "span": question.span}
+
+
 def _window(what: str, window: Span, fps: float, workspace: Workspace, key: Figure | None) -> Row:
     clip = workspace.look(window, fps=fps, most=int(ground.WINDOW * ground.FINE_FPS))
     answer = prompts.NOT_THERE
@@ -87,10 +102,13 @@ def _claim(claim: str, span: Span, verdict: str, workspace: Workspace) -> Row:
 def _row(
     kind: str, workspace: Workspace, times: Sequence[float], question: str, quoted: Sequence[str], answer: str
 ) -> Row:
-    video = {"type": "video", "video": f"{FILMS}/{workspace.video.name}", "times": list(times)}
-    content = [video, *question_parts(None, question, quoted)]
+    content = [{**_video(workspace), "times": list(times)}, *question_parts(None, question, quoted)]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kind": kind}
+
+
+def _video(workspace: Workspace) -> dict[str, Any]:
+    return {"type": "video", "video": f"{FILMS}/{workspace.video.name}"}
 
 
 def _within(span: Span, script: Script) -> Span:

@@ -27,8 +27,12 @@ from train.toyworld.questions import Question
 from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Script
 
-MARGIN = 0.5
-"""Seconds before and after a match that are looked at, too."""
+MARGIN = 0.3
+"""Seconds before and after a match that are looked at, too: no more, or less than half of a short key's evidence would
+show it."""
+
+SLIP = 0.2
+"""Seconds by which an edge of a match is off, at most."""
 
 WRONG_FIRST, WRONG_IN_VAIN, GLANCES, CHECKS = 0.2, 0.25, 0.3, 0.3
 """Shares of runs in which the first match is another figure; in which there is a match where there should be none; that
@@ -90,7 +94,7 @@ class Oracle:
         return f"Nothing from 0.0 to {self.script.duration:.1f} matches. The likeliest place is {_match(span, chance)}."
 
     def _near(self, span: Span) -> Span:
-        start, end = (edge + float(self.rng.normal(0, 0.2)) for edge in span)
+        start, end = (edge + float(self.rng.uniform(-SLIP, SLIP)) for edge in span)
         return max(start, 0.0), min(max(end, start + 0.5), self.script.duration)
 
     def _look(self, span: Span, *, first: bool) -> str:
@@ -101,7 +105,7 @@ class Oracle:
         return self._last_seen()
 
     def _shows(self, span: Span, key: Figure) -> bool:
-        return span[0] < key.span[1] and key.span[0] < span[1]
+        return not absent(self.question) and span[0] < key.span[1] and key.span[0] < span[1]
 
     def _answer_seen(self, asked: str, key: Figure, seen: str) -> None:
         claim = statement(asked, key)

@@ -1,0 +1,308 @@
+"""The oracle: what its runs, windows and claims say is so in the film, and a run of its is worth the whole reward."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import prompts
+from agent.answering import Answering
+from agent.calls import parse
+from agent.entries import Call, Entry, Evidence, Result
+from agent.oracle import dataset
+from agent.oracle.environment import PRICE, parts, worth
+from agent.oracle.rows import claims_of, question_of, windows_of
+from agent.oracle.runs import Oracle
+from agent.oracle.template import terse_template
+from agent.oracle.wording import absent, moved
+from agent.spans import iou
+from agent.tools.box import tools
+from agent.tools.ground import Ground
+from agent.tools.tool import checked, schema
+from agent.tools.verify import Verify
+from agent.workspace import Workspace, question_parts
+from ivcore.chat_template import QWEN_TEMPLATE, render_template
+from ivcore.video import Clip
+from train.row import Row, parse_row
+from train.toyworld.questions import Question, ask
+from train.toyworld.score import is_right, parse_span
+from train.toyworld.script import Script, random_of, seeds
+from train.toyworld.words import DIRECTIONS
+
+LONG_ENOUGH = 1.2
+"""Seconds of a key that is there longer than the margins and slips around what is looked at."""
+
+
+class Made:
+    """A film of a kind, with its question and a workspace whose model nobody asks."""
+
+    def __init__(self, folder: Path, kind: str, seed: int) -> None:
+        (folder / "films").mkdir(exist_ok=True)
+        self.folder, self.kind = folder, kind
+        self.script, path = dataset.film(folder, seed, kind, 60.0)
+        self.question = ask(self.script)
+        self.workspace = Workspace(path, None, None)  # type: ignore[arg-type]
+
+    @property
+    def about(self) -> tuple[Script, Question, Workspace]:
+        return self.script, self.question, self.workspace
+
+    def row(self, raw: dict[str, Any], stage: str = "sft") -> Row:
+        """The row as training reads it."""
+        return parse_row(json.loads(json.dumps(raw)), self.folder, stage)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
+    folder = tmp_path_factory.mktemp("films")
+    (read,) = [each for each in seeds("train", 0, 40) if absent_read(each, True)][:1]
+    (seen,) = [each for each in seeds("train", 0, 40) if absent_read(each, False)][:1]
+    kinds = ["rare", "colour", "shape", "direction", "when", "said"]
+    return [Made(folder, kind, number) for kind, number in zip(kinds, seeds("train", 7, 6), strict=True)] + [
+        Made(folder, "absent", read), Made(folder, "absent", seen),
+    ]  # fmt: skip
+
+
+def absent_read(seed: int, read: bool) -> bool:
+    """Whether the film of this seed is asked about a line that is not there, or about a figure."""
+    return ask(dataset.make_script(seed, "absent", 60.0)).read == read
+
+
+def runs_of(made: Made, count: int = 6) -> Iterator[tuple[Oracle, list[dict[str, Any]]]]:
+    for number in range(count):
+        oracle = Oracle(*made.about, random_of(number, 99))
+        yield oracle, oracle.run()
+
+
+def ended(made: Made, oracle: Oracle, messages: list[dict[str, Any]]) -> list[Entry]:
+    """The run's entries with the result that its last call comes to when every claim is supported."""
+    (last,) = parse(messages[-1]["content"])[1]
+    assert last.name == "answer" and isinstance(last.arguments, dict)
+    cited = [name for claim in last.arguments["claims"] for name in claim["evidence"]]
+    found = [oracle.context.observation(name) for name in cited]
+    evidence = tuple(Evidence(observation=each.id, span=each.span) for each in found if each is not None)
+    assert len(evidence) == len(cited)
+    status = "verified" if last.arguments.get("found", True) else "not found"
+    return [*oracle.context.entries, Result(answer=last.arguments["text"], status=status, evidence=evidence)]
+
+
+def test_every_call_of_a_run_is_one_that_its_tool_takes(films: list[Made]) -> None:
+    for made in films:
+        known = {**tools(made.workspace), "answer": Answering(made.workspace)}
+        for _, messages in runs_of(made):
+            for message in messages:
+                if message["role"] != "assistant":
+                    continue
+                (call,) = parse(message["content"])[1]
+                assert call.problem is None and isinstance(call.arguments, dict)
+                checked(known[call.name], call.arguments)
+
+
+def test_a_run_ends_in_the_right_answer_with_evidence_and_is_worth_the_whole_reward_less_its_calls(
+    films: list[Made],
+) -> None:
+    for made in films:
+        row = made.row(question_of(*made.about), "rl")
+        for oracle, messages in runs_of(made):
+            entries = ended(made, oracle, messages)
+            result = entries[-1]
+            assert isinstance(result, Result) and is_right(result.answer, made.question.answer)
+            span = made.question.span
+            if span is not None and span[1] - span[0] < LONG_ENOUGH:
+                continue
+            assert parts(row, entries) == {"right": 1.0, "shown": 1.0}, (made.kind, messages)
+            calls = sum(isinstance(entry, Call) for entry in entries)
+            assert worth(row, entries) == pytest.approx(1 - PRICE * calls)
+
+
+def test_a_run_makes_mistakes_and_gets_over_them(films: list[Made]) -> None:
+    """Of many runs, some look at something else first; they look again before they answer."""
+    made = next(made for made in films if made.kind == "rare")
+    (key,) = made.script.keys
+    again = 0
+    for _, messages in runs_of(made, 40):
+        (last_look,) = [parse(each["content"]) for each in messages if '"look"' in str(each["content"])][-1][1]
+        spans = [parse(each["content"])[1][0].arguments for each in messages if '"look"' in str(each["content"])]
+        first = spans[0]
+        if not (first["start"] < key.span[1] and key.span[0] < first["end"]):
+            again += 1
+            assert len(spans) == 2
+        assert isinstance(last_look.arguments, dict)
+        assert iou((last_look.arguments["start"], last_look.arguments["end"]), key.span) > 0.5
+    assert 2 <= again <= 20
+
+
+def test_a_question_without_an_answer_ends_as_not_found_and_cites_nothing(films: list[Made]) -> None:
+    for made in (made for made in films if made.kind == "absent"):
+        for oracle, messages in runs_of(made):
+            result = ended(made, oracle, messages)[-1]
+            assert isinstance(result, Result) and (result.status, result.evidence) == ("not found", ())
+
+
+def test_windows_say_when_the_key_is_there_and_only_then(films: list[Made]) -> None:
+    for made in films:
+        rows = list(windows_of(*made.about, np.random.default_rng(0)))
+        assert bool(rows) != made.question.read
+        for raw in rows:
+            content = raw["messages"][0]["content"]
+            times, answer = content[0]["times"], raw["messages"][1]["content"]
+            (key,) = made.script.keys[:1]
+            visible = not absent(made.question) and any(key.visible(time) for time in times)
+            span = parse_span(answer)
+            assert (span is not None) == (answer != prompts.NOT_THERE)
+            if visible:
+                assert span is not None and iou(span, key.span) > 0
+                assert times[0] - 0.2 <= span[0] and span[1] <= times[-1] + 1.2
+            elif span is not None:  # between two frames, or at the window's edge
+                assert not absent(made.question) and iou(span, key.span) > 0
+
+
+def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, Any]]] = []
+
+    class Undecided:
+        def log_likelihoods(self, answers: Sequence[str]) -> np.ndarray:
+            return np.log(np.full(len(answers), 0.4))
+
+        def answer(self, most: int) -> Iterator[str]:
+            return iter(("1.0 to 2.0",))
+
+    def ask_nobody(self: Workspace, clip: Clip, question: str, *, quoted: Sequence[str] = ()) -> Undecided:
+        content = question_parts(clip, question, quoted)
+        asked.append([{**content[0], "video": str(self.video)}, *content[1:]])
+        return Undecided()
+
+    def said(raw: dict[str, Any], made: Made) -> list[dict[str, Any]]:
+        video, *rest = raw["messages"][0]["content"]
+        return [{**video, "video": str(made.folder / video["video"])}, *rest]
+
+    monkeypatch.setattr(Workspace, "asked", ask_nobody)
+    for made in (made for made in films if made.kind in ("rare", "said")):
+        whole = (0.0, made.workspace.duration)
+        coarse = [raw for raw in windows_of(*made.about, np.random.default_rng(0)) if seconds_of(raw) > 10]
+        assert bool(coarse) != made.question.read
+        for raw in coarse:
+            what = re.findall(r"to be seen: (.*)\? Answer", raw["messages"][0]["content"][-1]["text"])[0]
+            Ground(made.workspace).find(what, whole)
+            assert said(raw, made) in asked
+        for raw in claims_of(*made.about, np.random.default_rng(0)):
+            claim = claim_of(raw)
+            for span in [each.span for each in (*made.script.figures, *made.script.lines)]:
+                Verify(made.workspace).check(claim, [span])
+            assert said(raw, made) in asked
+
+
+def seconds_of(raw: dict[str, Any]) -> float:
+    times = raw["messages"][0]["content"][0]["times"]
+    return float(times[-1] - times[0])
+
+
+def claim_of(raw: dict[str, Any]) -> str:
+    return str(raw["messages"][0]["content"][-1]["text"].partition("Claim: ")[2].partition("\n")[0])
+
+
+def test_a_supported_claim_is_so_and_a_contradicted_one_is_not(films: list[Made]) -> None:
+    for made in (made for made in films if made.kind in ("rare", "colour", "shape", "direction", "when")):
+        (key,) = made.script.keys
+        by_verdict: dict[str, list[bool]] = {}
+        for number in range(5):
+            for raw in claims_of(*made.about, np.random.default_rng(number)):
+                by_verdict.setdefault(raw["messages"][1]["content"], []).append(holds(claim_of(raw), key))
+        assert all(by_verdict["support"]) and not any(by_verdict["contradict"]) and all(by_verdict["unclear"])
+
+
+def holds(claim: str, key: Any) -> bool:
+    """Whether a claim about the key is so, read word by word."""
+    words = set(re.findall(r"[a-z]+", claim))
+    if (span := re.search(r"from ([0-9.]+) to ([0-9.]+)\.", claim)) is not None:
+        return iou((float(span[1]), float(span[2])), key.span) > 0.9
+    if directions := words & set(DIRECTIONS):
+        return directions == {key.direction}
+    return {key.name.colour, key.name.shape} <= words
+
+
+def test_claims_about_lines_follow_the_subtitles(films: list[Made]) -> None:
+    made = next(made for made in films if made.kind == "said")
+    rows = list(claims_of(*made.about, np.random.default_rng(0)))
+    said = {line.text for line in made.script.lines}
+    for raw in rows:
+        text = raw["messages"][0]["content"][-1]["text"]
+        claim = claim_of(raw)
+        shown = claim in text.partition("Claim: ")[0]
+        verdict = raw["messages"][1]["content"]
+        assert {"support": shown, "contradict": claim not in said, "unclear": not shown}[verdict]
+    assert {"support", "contradict"} <= {raw["messages"][1]["content"] for raw in rows}
+
+
+@pytest.mark.parametrize("span", [(0.0, 0.8), (1.0, 2.0), (30.0, 33.2), (58.0, 60.0)])
+def test_a_moved_span_is_another(span: tuple[float, float]) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        other = moved(span, rng)
+        assert 0 <= other[0] < other[1] and iou(span, other) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "spans", "expected"),
+    [
+        ("red", "verified", [(9.5, 13.5)], {"right": 1.0, "shown": 1.0}),
+        ("red", "verified", [(8.0, 16.0)], {"right": 1.0, "shown": 0.0}),
+        ("red", "unverified", [], {"right": 1.0, "shown": 0.0}),
+        ("blue", "verified", [(0.0, 1.0), (10.0, 13.0)], {"right": 0.0, "shown": 1.0}),
+        ("red or blue", "verified", [(10.0, 13.0)], {"right": 0.0, "shown": 1.0}),
+    ],
+)
+def test_a_reward_needs_the_right_answer_and_evidence_that_is_half_the_truth(
+    answer: str, status: Any, spans: list[tuple[float, float]], expected: dict[str, float]
+) -> None:
+    row = Row("r", (), (), ("red", "blue"), 0, (10.0, 13.0), "run rare", "")
+    evidence = tuple(Evidence(observation="o1", span=span) for span in spans)
+    result = Result(answer=answer, status=status, evidence=evidence)
+    assert parts(row, [result]) == expected
+    assert worth(row, [Call(id="c1", name="look", arguments={}), result]) == min(expected.values()) - PRICE
+    assert parts(row, [result.model_copy(update={"stopped": "turns"})]) == {"right": 0.0, "shown": 0.0}
+
+
+def test_the_terse_template_writes_a_tool_as_a_line_of_its_names(films: list[Made]) -> None:
+    offered = [schema(tool) for tool in tools(films[0].workspace).values()]
+    messages = [{"role": "user", "content": "Hello"}]
+    whole = render_template(QWEN_TEMPLATE, messages, tools=offered)
+    terse = render_template(terse_template(), messages, tools=offered)
+    assert "\nlook(start, end, fps)\n" in terse and "properties" not in terse
+    assert len(terse) < len(whole) / 3
+    assert render_template(terse_template(), messages) == render_template(QWEN_TEMPLATE, messages)
+
+
+def test_films_and_rows_are_written_once_and_read_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "DURATIONS", (20.0,))
+
+    class InThisProcess:
+        """A pool of no other process, which would not know the shorter films."""
+
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> InThisProcess:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def map(self, function: Any, values: Any, chunksize: int) -> Any:
+            return map(function, values)
+
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", InThisProcess)
+    files = dataset.write_acts(tmp_path, "train", 0, 6)
+    assert set(files) == set(dataset.NAMES)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "films").iterdir()}
+    before = {name: file.read_bytes() for name, file in files.items()}
+    assert len(written) == 6
+    dataset.write_acts(tmp_path, "train", 0, 6)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "films").iterdir()} == written
+    assert {name: file.read_bytes() for name, file in files.items()} == before
+    for name, file in files.items():
+        for line in file.read_text().splitlines():
+            row = parse_row(json.loads(line), tmp_path, "rl" if name == "questions" else "sft")
+            row.check_media()
