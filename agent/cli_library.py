@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from agent.cli_options import Debug, ModelOrTiny
+from agent.cli_options import Debug, Model
 
 app = typer.Typer()
 
@@ -37,7 +37,7 @@ Examples:
 )
 def index(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Videos, or folders to look for them in.")],
-    model: ModelOrTiny = None,
+    model: Model,
     library: Place = DEFAULT_PLACE,
     backend: Backend = "auto",
     dtype: DType = None,
@@ -163,7 +163,7 @@ Examples:
 )
 def verify(
     library: Place = DEFAULT_PLACE,
-    again: Annotated[
+    anew: Annotated[
         bool, typer.Option("--rebuild", help="Begin a new library where this one is damaged; the old one is kept.")
     ] = False,
     debug: Debug = False,
@@ -171,5 +171,5 @@ def verify(
     """Read everything in the library; exit code 1 where something is wrong."""
     from agent.library_view import verify as run
 
-    if run(library, again):
+    if run(library, anew):
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ prompt's last position, where all that was read has to be gathered for the next 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ CLIP_QUESTION = "Say what this video is about in one word."
 
 TEXT_CHARACTERS = 2000
 """What a text says after these is not in its vector: it would cost a long prompt, and one word cannot gather it."""
+
+
+def collection_name(model: str) -> str:
+    """What a library calls the vectors of a model: by its Hugging Face id, or its folder's whole path."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 class Embedder:

@@ -1,4 +1,4 @@
-"""One video -> entries of the library: what is said as passages, every shot as a scene with a caption and its vector.
+"""One video -> entries of the library: what is said as passages, every scene with a caption and its vector.
 
 - A video is known by its content, and skipped where the library holds it with the same settings.
 - What took time before a kill (speech, cuts, captions, vectors) is not made again: a journal beside the library keeps
@@ -12,8 +12,8 @@ import base64
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from agent.content import content_hash
 from agent.embedding import Embedder, clip_part
 from agent.index_journal import IndexJournal, JournalBusyError
-from agent.library import Collection, Entry, Library, content_hash
+from agent.library import Collection, Entry, Library
 from agent.library.place import Place
 from agent.prompts import CAPTION
-from agent.scenes import Span, shots
+from agent.scene_grouping import Span
+from agent.scenes import scenes
 from agent.transcript.cues import plain
 from agent.transcript.transcript import transcript
 from ivcore.backend import Model
@@ -37,29 +39,7 @@ from ivcore.tokenizer import Tokenizer
 from ivcore.video import decode
 from ivcore.vision import smart_resize_video
 
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-    ]
-)
-
-METHOD = 1
+METHOD = 2
 """Raised when a video would be indexed differently: what was indexed before is then indexed again."""
 
 CAPTION_TOKENS = 48
@@ -67,7 +47,7 @@ FRAME_TOKENS = 128
 """The most tokens that a pair of frames costs: enough for a sentence, and a film has hundreds of shots."""
 
 MAX_SCENE_SECONDS = 30.0
-"""A longer shot, such as a talk filmed in one, is cut into equal scenes, or one caption would stand for an hour."""
+"""A longer scene is several records, or one caption would stand for an hour of a talk filmed in one shot."""
 
 FALLBACK_FOLDER = "~/.cache/ivmlx/index"
 """Where journals are of a library that is in no folder."""
@@ -89,43 +69,23 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a file. origin: of what is said in it; notes: what was looked for in vain there; warnings: what
-    could not be decoded; error: why a file failed."""
+    """What came of a file. passages, scenes: records; shots: that the scenes are made of; origin: of what is said;
+    notes: what was looked for in vain there; warnings: what could not be decoded or heard; error: why a file failed."""
 
     path: str
     status: Status
     video: str = ""
     passages: int = 0
     scenes: int = 0
+    shots: int = 0
     origin: str = ""
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     error: str = ""
 
 
-def video_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that paths name, in their order, each once; of a folder the videos in it, at any depth, by name.
-
-    A file that is named itself is taken whatever its suffix is, and whether or not it is there: reading it says so.
-    """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        files = _videos_below(path) if path.is_dir() else [path]
-        found |= dict.fromkeys(Path(os.path.abspath(file)) for file in files)
-    return list(found)
-
-
-def _videos_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            # macOS keeps "._film.mp4" beside "film.mp4" on foreign disks.
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_SUFFIXES:
-                yield Path(parent, name)
-
-
 class Indexer:
-    """Indexes videos into a library with a model; `name`: what the library calls the model (see `collection_name`).
+    """Indexes videos into a library with a model; `name`: what the library calls the model (see `agent.embedding`).
 
     Raises MediaError for a file that is no video, LibraryError for the library, and what the model does.
     """
@@ -197,7 +157,8 @@ class Indexer:
         return True
 
     def _entries(self, file: Path, video: str, journal: IndexJournal) -> tuple[Outcome, list[Entry]]:
-        spans = [(float(start), float(end)) for start, end in journal.get("scenes", lambda: self._scenes(file))]
+        cut = journal.get("cuts", lambda: self._cut(file))
+        spans = [(float(start), float(end)) for start, end in cut["scenes"]]
         said = journal.get("transcript", lambda: self._transcript(file))
         entries: list[Entry] = []
         for row, (start, end, text, source) in enumerate(said["lines"]):
@@ -205,7 +166,8 @@ class Indexer:
             vector = journal.get(f"passage {row}", lambda text=text: _written(self.embedder.texts([text])[0]))  # type: ignore[misc]
             entries.append(Entry("passage", (start, end), text, source, _read(vector)))
         self._say(f"passages of {file.name}", len(said["lines"]), len(said["lines"]))
-        warnings: list[str] = []
+        # Who has named a Whisper model wants to know why nothing came of it.
+        warnings = [] if said["lines"] or self.options.speech_model is None else [said["notes"][-1]]
         for row, span in enumerate(spans):
             self._say(f"scenes of {file.name}", row, len(spans))
             scene = journal.get(f"scene {row}", lambda span=span: self._scene(file, span))  # type: ignore[misc]
@@ -213,16 +175,23 @@ class Indexer:
             if scene["vector"]:
                 entries.append(Entry("scene", span, scene["caption"], "caption", _read(scene["vector"])))
         self._say(f"scenes of {file.name}", len(spans), len(spans))
-        scenes = sum(entry.kind == "scene" for entry in entries)
+        kinds = Counter(entry.kind for entry in entries)
         outcome = Outcome(
-            str(file), "indexed", video, len(entries) - scenes, scenes, said["origin"], tuple(said["notes"]),
-            tuple(dict.fromkeys(warnings)),
-        )  # fmt: skip
+            str(file),
+            "indexed",
+            video,
+            passages=kinds["passage"],
+            scenes=kinds["scene"],
+            shots=cut["shots"],
+            origin=said["origin"],
+            notes=tuple(said["notes"]),
+            warnings=tuple(dict.fromkeys(warnings)),
+        )
         return outcome, entries
 
-    def _scenes(self, file: Path) -> list[Span]:
-        found = shots(file, on_progress=lambda done, total: self._say(f"cuts of {file.name}", done, total))
-        return [part for shot in found for part in _parts(shot)]
+    def _cut(self, file: Path) -> dict[str, Any]:
+        found = scenes(file, on_progress=lambda done, total: self._say(f"cuts of {file.name}", done, total))
+        return {"shots": sum(map(len, found)), "scenes": [part for scene in found for part in _parts(scene)]}
 
     def _transcript(self, file: Path) -> dict[str, Any]:
         def heard(done: float, total: float) -> None:
@@ -278,11 +247,16 @@ def weights_digest(folder: Path) -> str:
 _BLOCK, _BLOCKS = 1 << 16, 64
 
 
-def _parts(shot: Span) -> list[Span]:
-    start, end = shot
-    count = max(1, math.ceil((end - start) / MAX_SCENE_SECONDS))
-    edges = [start + (end - start) * part / count for part in range(count)]
-    return list(pairwise([*edges, end]))
+def _parts(scene: Sequence[Span]) -> list[Span]:
+    """A scene's shots in as few records as may be, none of them too long: as many shots as fit, or part of one."""
+    parts: list[Span] = []
+    for start, end in scene:
+        if parts and end - parts[-1][0] <= MAX_SCENE_SECONDS:
+            parts[-1] = parts[-1][0], end
+            continue
+        count = max(1, math.ceil((end - start) / MAX_SCENE_SECONDS))
+        parts += pairwise([*(start + (end - start) * part / count for part in range(count)), end])
+    return parts
 
 
 def _written(vector: np.ndarray) -> str:

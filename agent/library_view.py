@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import span_text
+from agent.content import content_hash
 from agent.display import Display
-from agent.embedding import Embedder
-from agent.indexing import Indexer, IndexOptions, Outcome, video_files, weights_digest
-from agent.library import Collection, Kind, Library, LibraryError, Mode, Record, Video, content_hash, rebuild
-from agent.packaged import or_packaged
+from agent.embedding import Embedder, collection_name
+from agent.indexing import Indexer, IndexOptions, Outcome, weights_digest
+from agent.library import (
+    Collection,
+    Kind,
+    Library,
+    LibraryError,
+    LibraryFailureError,
+    Mode,
+    Record,
+    Video,
+    rebuild,
+)
 from agent.sheet import Thumb, draw_sheet
 from agent.transcript.cues import plain
+from agent.video_files import video_files
 from ivcore.backend import choose, load
 from ivcore.errors import MediaError
 from ivcore.hub import resolve
@@ -28,7 +39,7 @@ HASH_DIGITS = 12
 
 
 def index(
-    paths: Sequence[str], location: str, model: str | None, *, backend: str, dtype: str | None, options: IndexOptions,
+    paths: Sequence[str], location: str, model: str, *, backend: str, dtype: str | None, options: IndexOptions,
     as_json: bool,
 ) -> int:  # fmt: skip
     """Index the videos that paths name, a line each as it is done; how many of them failed."""
@@ -36,7 +47,6 @@ def index(
     if not files:
         raise MediaError(f"{', '.join(paths)}: there is no video here; name video files, or folders that hold some.")
     library = Library(location, create=True)
-    model, dtype = or_packaged(model, dtype)
     backend, folder = choose(backend), resolve(model)
     if options.speech_model is not None:
         from agent.transcript.speech import load_recogniser
@@ -116,7 +126,8 @@ def show_list(location: str, as_json: bool) -> None:
         print(model)
         for video in (each for each in videos if each.model == model):
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(video.time))
-            counts = f"{video.scenes:>5} scenes {video.passages:>6} passages {video.notes:>4} notes"
+            held = (video.scenes, "scene", 11), (video.passages, "passage", 15), (video.notes, "note", 9)
+            counts = "".join(f"{_counted(number, what):>{width}}" for number, what, width in held)
             gone = "" if Path(video.path).exists() else "  (not there any more)"
             print(f"  {video.video[:HASH_DIGITS]}  {when}  {counts}  {plain(video.path)}{gone}")
     if not videos:
@@ -126,31 +137,29 @@ def show_list(location: str, as_json: bool) -> None:
 def remove(location: str, videos: Sequence[str]) -> None:
     """Remove videos, each named by its path, its file's name or the beginning of its hash; all of them or none."""
     library = Library(location)
-    for video in [_known(library, wanted) for wanted in videos]:
+    known = [_known(library, wanted) for wanted in videos]
+    for video in {each.video: each for each in known}.values():
         print(f"removed  {plain(video.path)}  ({library.remove(video.video)} records)")
 
 
-def verify(location: str, again: bool) -> int:
-    """Print what is wrong with a library, and begin a new one where that is wanted; how many problems are left."""
+def verify(location: str, anew: bool) -> int:
+    """Print what is wrong with a library, and begin a new one where that is wanted; how many problems are left.
+
+    Raises LibraryError where there is no library of this program's, or a newer version's, which is not damaged.
+    """
     try:
         problems = Library(location).verify()
-    except LibraryError as error:
+    except LibraryFailureError as error:
         problems = [str(error)]
     for problem in problems:
         _say(problem)
     if not problems:
         print(f"{location} is whole.")
-    elif again:
+    elif anew:
         kept = rebuild(location)
         print(f"{location} is empty now; the old one is kept as {kept}. Run iv3 index again to fill it.")
         return 0
     return len(problems)
-
-
-def collection_name(model: str) -> str:
-    """What a library calls a model: its Hugging Face id, or its folder's whole path; `resolve` takes both."""
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _collections(
@@ -169,7 +178,7 @@ def _collections(
     if len(held) > 1:
         names = ", ".join(each.model for each in held)
         raise LibraryError(f"The library at {location} was made with several models ({names}); name one with --model.")
-    name, dtype = or_packaged(held[0].model, dtype)
+    name = held[0].model
     folder = resolve(name)
     with Display() as bars:
         bars.show("loading weights", 0, 1)
@@ -203,8 +212,13 @@ def _line(outcome: Outcome) -> str:
     name = plain(outcome.path)
     if outcome.status == "already there":
         return f"already there  {name}"
-    said = f"{outcome.passages} passages" if outcome.passages else "nothing said"
-    return f"indexed        {name}  ({outcome.scenes} scenes, {said})"
+    shown = f"{_counted(outcome.shots, 'shot')} in {_counted(outcome.scenes, 'scene')}"
+    said = _counted(outcome.passages, "passage") if outcome.passages else "nothing said"
+    return f"indexed        {name}  ({shown}, {said})"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _say(sentence: str) -> None:

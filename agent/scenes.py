@@ -1,8 +1,8 @@
-"""Shots of a video: where PySceneDetect finds cuts, in the seconds that ivcore.video counts.
+"""Scenes of a video and their shots: where PySceneDetect finds cuts, in the seconds that ivcore.video counts.
 
 - PySceneDetect judges the pictures; ivcore demuxes and decodes them with PyAV. PySceneDetect's own PyAV backend takes a
   cover for the video, puts every frame without a timestamp at 0, and gives up at eight damaged frames.
-- Pictures are decoded in order and made small on the way: memory does not grow with the video's length.
+- Pictures are decoded once, in order, and made small on the way; of what they show, only colours are kept.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
+from agent.scene_grouping import Colours, Span, group
 from ivcore.demux import ROUNDING, PacketIndex, read_index
 from ivcore.errors import BackendError, MediaError
 from ivcore.frames import SeekingReader, read_frames_in_order
 from ivcore.media_file import readable_file
 from ivcore.video import checked_span
-
-Span = tuple[float, float]
 
 # PySceneDetect's own defaults: the side it makes pictures small to, the shortest shot, and the score of a cut.
 PICTURE_SIDE = 256
@@ -33,14 +32,16 @@ CUT_SCORE = 27.0
 MAX_THREADS = 8
 
 
-def shots(
+def scenes(
     path: str | Path, span: Span | None = None, *, on_progress: Callable[[int, int], None] | None = None
-) -> list[Span]:
-    """The shots of a video, or of a span of it: (start, end) in seconds, each beginning where the last one ends.
+) -> list[list[Span]]:
+    """The scenes of a video, or of a span of it, each a list of its shots: (start, end) in seconds.
 
-    The first begins at 0 or at the span's start, the last ends with the video or the span; a cut is at the time of the
-    first frame after it. on_progress: called with (frames judged, frames to judge).
-    Method: PySceneDetect's content detector (the mean change of hue, saturation and brightness from frame to frame).
+    Every shot begins where the last one ends; the first begins at 0 or at the span's start, the last ends with the
+    video or the span; a cut is at the time of the first frame after it. on_progress: called with (frames judged, frames
+    to judge).
+    Method: PySceneDetect's content detector (the mean change of hue, saturation and brightness from frame to frame) for
+    the shots, `agent.scene_grouping` for the scenes.
     Raises MediaError if the file is no video, the span is not in it or no frame of it can be decoded, BackendError
     without PySceneDetect.
     """
@@ -48,7 +49,7 @@ def shots(
         from scenedetect.common import FrameTimecode, Timecode
         from scenedetect.detectors import ContentDetector
     except ImportError:
-        raise BackendError("Finding shots needs PySceneDetect: run pip install 'ivmlx[agent]'.") from None
+        raise BackendError("Finding scenes needs PySceneDetect: run pip install 'ivmlx[agent]'.") from None
     path = readable_file(path)
     index = read_index(path)
     start, end = checked_span(span, index.seconds, path)
@@ -56,13 +57,16 @@ def shots(
     first, last = index.frames_in(max(start - SHORTEST_SHOT, 0.0), end)
     detector = ContentDetector(threshold=CUT_SCORE, min_scene_len=SHORTEST_SHOT)
     cuts: list[float] = []
+    colours = Colours()
     judged = 0
     try:
         for number, picture in _pictures(path, index, first, last):
             # Whole numbers of a time base, so that a cut comes back as exactly the frame's own time.
-            time = _ticks(index, number)
-            timecode = FrameTimecode(Timecode(*time), fps=index.fps)
+            ticks, base = _ticks(index, number)
+            timecode = FrameTimecode(Timecode(ticks, base), fps=index.fps)
             cuts.extend(float(cut.seconds) for cut in detector.process_frame(timecode, picture))
+            if (time := float(ticks * base)) >= start:
+                colours.add(time, picture)
             judged += 1
             if on_progress is not None:
                 on_progress(judged, last + 1 - first)
@@ -72,7 +76,7 @@ def shots(
         where = "" if span is None else f" from {start:g} to {end:g} s"
         raise MediaError(f"{path} is damaged: no frame{where} could be decoded; copy or download it again.")
     edges = [start, *(cut for cut in cuts if start + ROUNDING < cut < end - ROUNDING), end]
-    return list(itertools.pairwise(edges))
+    return group(list(itertools.pairwise(edges)), colours)
 
 
 def _ticks(index: PacketIndex, number: int) -> tuple[int, Fraction]:

@@ -6,8 +6,10 @@ import re
 
 from agent.entries import Span
 
-_NUMBER = r"(?<![0-9.])([0-9]{1,6}(?:\.[0-9]+)?)(?![0-9])"
-_SPAN = re.compile(rf"{_NUMBER}\s*(?:s|seconds)?\s*(?:to|-|–|and)\s*{_NUMBER}")
+# Seconds, or a player's clock such as 12:03 or 1:02:03.5; never the end of a longer number or clock.
+_WHOLE = "[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]|[0-9]{1,3}:[0-5][0-9]|[0-9]{1,6}"
+_TIME = rf"(?<![0-9.])(?<![0-9]:)((?:{_WHOLE})(?:\.[0-9]+)?)(?!:?[0-9])"
+_SPAN = re.compile(rf"{_TIME}\s*(?:s|seconds)?\s*(?:to|-|–|and)\s*{_TIME}")
 
 
 def overlap(one: Span, other: Span) -> float:
@@ -24,7 +26,16 @@ def iou(one: Span, other: Span) -> float:
 def first_span(text: str, within: Span) -> Span | None:
     """The first span that a text states, cut off at the borders of `within`; None without one that has a part there."""
     for match in _SPAN.finditer(text):
-        start, end = max(float(match[1]), within[0]), min(float(match[2]), within[1])
+        start, end = max(_seconds(match[1]), within[0]), min(_seconds(match[2]), within[1])
         if start < end:
             return start, end
     return None
+
+
+def _seconds(time: str) -> float:
+    """The seconds of a number or a clock, `1:02:03.5`."""
+    whole, *rest = time.split(":")
+    seconds = float(whole)
+    for part in rest:
+        seconds = seconds * 60 + float(part)
+    return seconds

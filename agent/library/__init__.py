@@ -9,13 +9,12 @@ held.search("when did she leave?")
 
 import importlib.util
 
-from agent.library.errors import LibraryError
+from agent.library.errors import LibraryError, LibraryFailureError
 
 if importlib.util.find_spec("lancedb") is None:
     raise LibraryError("The library needs LanceDB: run pip install 'ivmlx[agent]'.")
 
 from agent.library.collection import Collection, Embed
-from agent.library.content import content_hash
 from agent.library.records import KINDS, Entry, Kind, Record, Video
 from agent.library.search import MODES, Mode
 from agent.library.store import Library, rebuild
@@ -29,9 +28,9 @@ __all__ = [
     "Kind",
     "Library",
     "LibraryError",
+    "LibraryFailureError",
     "Mode",
     "Record",
     "Video",
-    "content_hash",
     "rebuild",
 ]

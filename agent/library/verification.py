@@ -10,7 +10,7 @@ import pyarrow as pa
 from lancedb.table import Table
 
 from agent.library.collection import INDICES, indexed_columns
-from agent.library.errors import LibraryError, speaking_of
+from agent.library.errors import REBUILD, LibraryError, speaking_of
 from agent.library.records import KINDS
 from agent.library.schema import VIDEO, dimension_of
 
@@ -22,7 +22,7 @@ def problems_of(table: Table, location: str) -> list[str]:
     problems: list[str] = []
     try:
         with speaking_of(location):
-            problems += _of_rows(table)
+            problems += [f"The library at {location} is damaged ({what}); {REBUILD}." for what in _of_rows(table)]
     except LibraryError as error:
         problems.append(str(error))
     try:
@@ -38,6 +38,7 @@ def problems_of(table: Table, location: str) -> list[str]:
 
 
 def _of_rows(table: Table) -> list[str]:
+    """What is wrong with the rows, half a sentence each."""
     ids: Counter[str] = Counter()
     held: Counter[str] = Counter()
     promised: dict[str, int] = {}
@@ -51,17 +52,17 @@ def _of_rows(table: Table) -> list[str]:
         strange += sum(kind not in (*KINDS, VIDEO) for kind in kinds)
         unsound += _unsound(batch["vector"], np.array([kind != VIDEO for kind in kinds]), dimension_of(table.schema))
     found = [
-        f"{video} has {held[video]} passages and scenes, not {n}." for video, n in promised.items() if held[video] != n
+        f"{video} has {held[video]} passages and scenes, not {n}" for video, n in promised.items() if held[video] != n
     ]
-    found += [f"{video} has records but no row of its own." for video in held.keys() - promised.keys()]
+    found += [f"{video} has records but no row of its own" for video in held.keys() - promised.keys()]
     if double := sum(count - 1 for count in ids.values()):
-        found.append(f"{table.name} holds {double} rows twice.")
+        found.append(f"{table.name} holds {double} rows twice")
     if strange:
-        found.append(f"{table.name} holds {strange} rows of an unknown kind.")
+        found.append(f"{table.name} holds {strange} rows of an unknown kind")
     if unsound:
-        found.append(f"{table.name} holds {unsound} records whose vector is missing or not finite.")
+        found.append(f"{table.name} holds {unsound} records whose vector is missing or not finite")
     if (count := table.count_rows()) != ids.total():
-        found.append(f"{table.name} should have {count} rows; {ids.total()} can be read.")
+        found.append(f"{table.name} should have {count} rows, of which {ids.total()} can be read")
     return found
 
 

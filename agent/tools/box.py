@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from agent.tools.ground import Ground
 from agent.tools.look import Look, Overview
 from agent.tools.memory import Note, Recall, Search
+from agent.tools.segment import Segment
 from agent.tools.summarize import Summarize
 from agent.tools.tool import Tool, ToolError
-from agent.tools.transcribe import Segment, Transcript
+from agent.tools.transcribe import Transcript
 from agent.tools.verify import Verify
 from agent.workspace import Workspace
 

@@ -84,7 +84,8 @@ def _found(workspace: Workspace, query: str, kinds: Sequence[Kind] | None) -> Sh
     records = held(workspace).search(query, k=FOUND, video=workspace.content, kinds=kinds)
     if not records:
         return Shown("Nothing matches.")
-    return Shown(f"{len(records)} matches, the best first.", quoted=[_line(record) for record in records])
+    matches = f"match{'es' * (len(records) > 1)}"
+    return Shown(f"{len(records)} {matches}, the best first.", quoted=[_line(record) for record in records])
 
 
 def _line(record: Record) -> str:

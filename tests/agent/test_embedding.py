@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.embedding import CLIP_QUESTION, TEXT_CHARACTERS, TEXT_QUESTION, Embedder, clip_part
+from agent.embedding import CLIP_QUESTION, TEXT_CHARACTERS, TEXT_QUESTION, Embedder, clip_part, collection_name
 from ivcore.backend import load
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
@@ -80,6 +80,17 @@ def test_a_text_is_asked_for_in_its_own_prompt_and_the_head_is_left_out(
         assert f"{text}\n\n{TEXT_QUESTION}<|im_end|>" in prompt and prompt.endswith("<|im_start|>assistant\n")
         assert positions == 0
     np.testing.assert_array_equal(embedder.texts(["cats"])[0], both[1])
+
+
+def test_a_models_vectors_have_one_name_however_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "./model/", "~/model", str(tmp_path / "model")):
+        assert collection_name(name) == str(tmp_path / "model")
+    assert collection_name("owner/model") == "owner/model"
 
 
 def test_no_texts_are_no_vectors(embedder: Embedder) -> None:

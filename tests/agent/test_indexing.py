@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.content import content_hash
 from agent.embedding import Embedder
 from agent.index_journal import IndexJournal, JournalBusyError
-from agent.indexing import MAX_SCENE_SECONDS, Indexer, IndexOptions, video_files, weights_digest
-from agent.library import Library, content_hash
-from agent.scenes import shots
+from agent.indexing import MAX_SCENE_SECONDS, Indexer, IndexOptions, weights_digest
+from agent.library import Library
+from agent.video_files import video_files
 from ivcore.backend import load
 from ivcore.tokenizer import Tokenizer
 from train.toyworld.compose import make_script
@@ -60,11 +61,16 @@ def make_indexer(tmp_path: Path, embedder: Embedder) -> Callable[..., Indexer]:
     return make
 
 
+def spans_in(indexer: Indexer) -> list[tuple[float, float]]:
+    """The spans of the scenes that an indexer's collection holds, by time."""
+    return sorted(each.span for each in indexer.collection.search("the", "vector", 100, kinds=["scene"]))
+
+
 def journals(library: Path) -> list[Path]:
     return sorted((library / ".index").glob("*"))
 
 
-def test_a_film_is_what_is_said_in_it_and_a_captioned_scene_a_shot(
+def test_a_film_is_what_is_said_in_it_and_captioned_scenes(
     films: tuple[Path, list[Script]], make_indexer: Callable[..., Indexer], tmp_path: Path
 ) -> None:
     folder, scripts = films
@@ -77,6 +83,7 @@ def test_a_film_is_what_is_said_in_it_and_a_captioned_scene_a_shot(
     scenes = sorted((each for each in found if each.kind == "scene"), key=lambda each: each.span)
     assert [each.span for each in scenes] == [pytest.approx(scene.span) for scene in scripts[1].scenes]
     assert (outcome.status, outcome.passages, outcome.scenes) == ("indexed", len(passages), len(scenes))
+    assert outcome.shots == len(scenes)  # no two backgrounds are alike
     assert {each.source for each in found} == {"stream", "caption"} and {each.path for each in found} == {
         str(folder / "b.mp4")
     }
@@ -117,12 +124,23 @@ def test_a_copy_changes_nothing_and_a_moved_film_is_found_where_it_is(
 def test_a_long_shot_is_cut_into_scenes_of_equal_length(make_clip: MakeClip, make_indexer: Any) -> None:
     seconds = 2 * MAX_SCENE_SECONDS + 10
     clip = make_clip(frames=int(seconds), fps=1, picture=lambda i, width, height: np.full((height, width, 3), 90, "u1"))
-    assert shots(clip) == [(0.0, seconds)]
     indexer = make_indexer()
-    indexer.index(clip)
-    spans = sorted(each.span for each in indexer.collection.search("the", "vector", 100))
+    outcome = indexer.index(clip)
+    assert (outcome.shots, outcome.scenes) == (1, 3)
     edges = np.linspace(0, seconds, 4)
-    assert spans == [pytest.approx(pair) for pair in pairwise(edges)]
+    assert spans_in(indexer) == [pytest.approx(pair) for pair in pairwise(edges)]
+
+
+def test_a_scene_of_several_shots_is_one_record_unless_it_is_long(make_clip: MakeClip, make_indexer: Any) -> None:
+    """Shots of 8 s, by turns of two colours: a conversation, whose records end where shots do."""
+
+    def sides(index: int, width: int, height: int) -> np.ndarray:
+        return np.full((height, width, 3), (200, 30, 30) if index // 8 % 2 else (20, 60, 220), np.uint8)
+
+    indexer = make_indexer()
+    outcome = indexer.index(make_clip(frames=40, fps=1, picture=sides))
+    assert (outcome.shots, outcome.scenes) == (5, 2)
+    assert spans_in(indexer) == [pytest.approx((0, 24)), pytest.approx((24, 40))]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(
@@ -138,6 +156,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_indexed(
     for each in outcomes[:3]:
         assert each.path in each.error and each.error.endswith(".")
     assert journals(tmp_path / "library") == []
+
+
+def test_why_a_speech_model_heard_nothing_is_said(
+    make_clip: MakeClip, make_indexer: Callable[..., Indexer], tmp_path: Path
+) -> None:
+    options = IndexOptions(max_frames=1, caption_tokens=1, speech_model=str(tmp_path / "no such model is asked for"))
+    assert make_indexer(options=options).index(make_clip("mute.mp4")).warnings == ("mute.mp4 has no sound.",)
+    assert make_indexer().index(make_clip("mute.mp4")).warnings == ()
 
 
 def test_a_damaged_stretch_has_no_scene_and_is_said(
@@ -299,7 +325,7 @@ def test_after_a_kill_nothing_that_the_model_has_made_is_made_again(
 
     for owner, name in ((Embedder, "texts"), (Embedder, "clip"), (Indexer, "_caption")):
         counted(owner, name)
-    monkeypatch.setattr("agent.indexing.shots", pytest.fail)
+    monkeypatch.setattr("agent.indexing.scenes", pytest.fail)
     [outcome] = indexer.index_all([folder / "b.mp4"])
     left = len(scripts[1].scenes) - done
     assert left > 0 and made == {"texts": 0, "clip": left, "_caption": left}

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.library import Collection, Entry, Library, LibraryError, content_hash, rebuild
+from agent.content import content_hash
+from agent.library import Collection, Entry, Library, LibraryError, rebuild
 from ivcore.errors import MediaError
 
 A, B, C = (letter * 64 for letter in "abc")

@@ -66,7 +66,8 @@ def test_index_says_a_line_a_video_names_what_failed_and_goes_on(
     command = ("index", junk, film, "--library", place, "-m", MICRO, "--backend", "torch", "--max-frames", 2)
     code, out, err = run(*command)
     assert code == 1
-    assert out.splitlines() == [f"indexed        {film}  ({len(script.scenes)} scenes, {len(script.lines)} passages)"]
+    assert (len(script.scenes), len(script.lines)) == (1, 2)
+    assert out.splitlines() == [f"indexed        {film}  (1 shot in 1 scene, 2 passages)"]
     assert err.startswith(f"iv3: {junk} is not a video") and len(err.splitlines()) == 1
     code, out, err = run(*command, "--json")
     report = json.loads(out)
@@ -162,11 +163,49 @@ def test_a_damaged_library_is_said_so_and_begun_anew_only_when_asked(run: Run, l
     for file in library.glob("*.lance/data/*"):
         file.write_bytes(b"damaged")
     code, out, err = run("library", "verify")
-    assert (code, out) == (1, "") and str(library) in err
+    assert (code, out) == (1, "") and str(library) in err and "iv3 library verify --rebuild" in err
     code, out, err = run("library", "verify", "--rebuild")
     kept = next(library.parent.glob("library.old-*"))
-    assert code == 0 and str(kept) in out and list(kept.glob("*.lance/data/*"))
+    assert code == 0 and str(kept) in out
+    assert {file.read_bytes() for file in kept.glob("*.lance/data/*")} == {b"damaged"}
     assert run("library", "verify")[0] == 0 and json.loads(run("library", "list", "--json")[1]) == []
+
+
+@pytest.mark.parametrize("command", [("search", "the"), ("library", "list"), ("library", "verify"), ("index", "x.mp4")])
+def test_a_folder_that_lancedb_cannot_read_is_one_sentence_that_names_the_way_out(
+    failure: Failure, library: Path, command: tuple[str, ...]
+) -> None:
+    for file in library.glob("*.lance/_versions/*"):
+        file.write_bytes(b"damaged")
+    message = failure(*command)
+    assert f"The library at {library} cannot be used" in message and "run iv3 library verify --rebuild" in message
+
+
+def test_a_library_of_a_newer_version_is_refused_in_a_sentence_and_never_begun_anew(
+    failure: Failure, library: Path, indexed: Path
+) -> None:
+    import lancedb
+
+    from agent.library.schema import SCHEMA_VERSION, table_schema
+
+    newer = table_schema("newer model", 8)
+    about = {**newer.metadata, b"ivmlx.library.version": str(SCHEMA_VERSION + 1).encode()}
+    lancedb.connect(str(library)).create_table("records_newer", schema=newer.with_metadata(about))
+    before = sorted(library.rglob("*"))
+    for command in (("search", "the"), ("library", "list"), ("library", "verify"), ("library", "verify", "--rebuild"),
+                    ("library", "remove", "film.mp4"), ("index", indexed / "films", "-m", MICRO)):  # fmt: skip
+        message = failure(*command)
+        assert "was written by a newer version of this program" in message and "update the program" in message
+    assert sorted(library.rglob("*")) == before and not list(library.parent.glob("library.old-*"))
+
+
+def test_a_database_of_another_program_is_not_set_aside(failure: Failure, tmp_path: Path) -> None:
+    import lancedb
+    import pyarrow as pa
+
+    lancedb.connect(str(tmp_path / "recipes")).create_table("soups", schema=pa.schema([("text", pa.string())]))
+    message = failure("library", "verify", "--rebuild", "--library", tmp_path / "recipes")
+    assert "that is not of a video library" in message and (tmp_path / "recipes/soups.lance").is_dir()
 
 
 def test_requests_that_cannot_be_met_are_one_sentence(

@@ -1,4 +1,4 @@
-"""Shots: cuts are found where the films have them, and the spans cover a video without a gap."""
+"""Shots: cuts are found where the films have them, and the spans cover a video without a gap; scenes of shots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.scenes import Span, shots
+from agent.scene_grouping import Span
+from agent.scenes import scenes
 from ivcore.errors import BackendError, MediaError
 from ivcore.video import decode, probe
 from train.toyworld.compose import make_script
@@ -19,6 +20,11 @@ from train.toyworld.render import write_clip as write_film
 scenedetect = pytest.importorskip("scenedetect")
 
 MakeClip = Callable[..., Path]
+
+
+def shots(path: Path, span: Span | None = None) -> list[Span]:
+    """Those of all scenes, in order."""
+    return [shot for scene in scenes(path, span) for shot in scene]
 
 
 def two_colours(index: int, width: int, height: int) -> np.ndarray:
@@ -35,6 +41,23 @@ def assert_covers(found: list[Span], start: float, end: float) -> None:
 def test_the_cut_of_a_real_clip_is_found(shared_dir: Path) -> None:
     assert shots(shared_dir / "videos/dog.mp4") == [(0.0, 5.0), (5.0, 8.0)]
     assert shots(shared_dir / "videos/dog.mp4", (4.9, 6.0)) == [(4.9, 5.0), (5.0, 6.0)]
+
+
+def test_two_shots_of_one_yard_are_a_scene(shared_dir: Path) -> None:
+    assert scenes(shared_dir / "videos/dog.mp4") == [[(0.0, 5.0), (5.0, 8.0)]]
+
+
+def test_the_sides_of_a_conversation_are_a_scene_and_what_follows_is_another(make_clip: MakeClip) -> None:
+    red, blue, green = (200, 30, 30), (20, 60, 220), (30, 200, 60)
+    order = (red, blue, red, blue, green)
+
+    def sides(index: int, width: int, height: int) -> np.ndarray:
+        return np.full((height, width, 3), order[index // 10], np.uint8)
+
+    path = make_clip(frames=50, picture=sides)
+    assert [len(scene) for scene in scenes(path)] == [4, 1]
+    assert shots(path) == [pytest.approx((float(second), second + 1.0)) for second in range(5)]
+    assert [len(scene) for scene in scenes(path, (1.5, 5.0))] == [3, 1]  # what is outside of the span links nothing
 
 
 def test_a_real_clip_of_one_shot_has_one(shared_dir: Path) -> None:
@@ -115,7 +138,7 @@ def test_extreme_sizes_have_shots(make_clip: MakeClip, size: tuple[int, int]) ->
 
 def test_progress_counts_the_frames(make_clip: MakeClip) -> None:
     seen: list[tuple[int, int]] = []
-    shots(make_clip(frames=20), (0.6, 1.0), on_progress=lambda *at: seen.append(at))
+    scenes(make_clip(frames=20), (0.6, 1.0), on_progress=lambda *at: seen.append(at))
     assert seen == [(done, 10) for done in range(1, 11)]
 
 
@@ -141,5 +164,5 @@ def test_without_pyscenedetect_one_sentence_says_what_to_install(
     make_clip: MakeClip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "scenedetect.common", None)
-    with pytest.raises(BackendError, match=r"^Finding shots needs PySceneDetect: run pip install 'ivmlx\[agent\]'\.$"):
+    with pytest.raises(BackendError, match=r"^Finding scenes needs PySceneDetect: run pip install 'ivmlx\[agent\]'\.$"):
         shots(make_clip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from fractions import Fraction
 
 import pytest
@@ -82,6 +83,44 @@ def test_what_a_text_states_within_2_to_8(text: str, span: Span | None) -> None:
     assert first_span(text, (2.0, 8.0)) == span
 
 
+@settings(deadline=None)
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59), st.integers(1, 999), st.integers(1, 10_000))
+def test_times_are_read_as_a_players_clock_writes_them(
+    hours: int, minutes: int, seconds: int, thousandths: int, more: int
+) -> None:
+    start = Fraction(hours * 3600 + minutes * 60 + seconds) + Fraction(thousandths, 1000)
+    first, last = (clock_of(each) for each in (start, start + more))
+    for text in (f"{first} to {last}", f"It is there [{first}-{last}].", f"{float(start):.3f} and {last}"):
+        assert first_span(text, (0.0, 1e7)) == pytest.approx((float(start), float(start + more)))
+
+
+def clock_of(time: Fraction) -> str:
+    """`0:02.5`, from an hour on `1:00:02.5`, as timedelta writes it."""
+    text = str(timedelta(microseconds=int(time * 10**6) % (24 * 3600 * 10**6)))
+    hours, rest = text.split(":", 1)
+    whole = int(hours) + int(time) // (24 * 3600) * 24
+    return f"{whole}:{rest}" if whole else rest
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        ("12:03 to 12:05", (723.0, 725.0)),
+        ("[00:12.0-00:15.5]", (12.0, 15.5)),
+        ("59:58 and 1:00:03", (3598.0, 3603.0)),
+        ("at 10:00, 3 to 4", (3.0, 4.0)),
+        ("Answer:3 to 4", (3.0, 4.0)),
+        ("3 to 12:75", None),
+        ("12:5 to 12:9", None),
+        ("1:02:03:04 to 9:00", None),
+        ("1:99 to 2:00", None),
+    ],
+)
+def test_what_is_no_clock_is_no_time_and_neither_is_a_part_of_one(text: str, span: Span | None) -> None:
+    assert first_span(text, (0.0, 1e4)) == span
+
+
 def test_a_megabyte_of_digits_is_read_at_once() -> None:
     assert first_span("1" * 1_000_000, (0.0, 1.0)) is None
     assert first_span("1 to " * 200_000, (0.0, 1.0)) is None
+    assert first_span("1:11" * 200_000, (0.0, 1.0)) is None

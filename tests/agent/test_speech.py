@@ -12,9 +12,12 @@ import av
 import numpy as np
 import pytest
 
+from agent.tools.tool import call
+from agent.tools.transcribe import Transcript as TranscriptTool
 from agent.transcript import speech
 from agent.transcript.speech import SAMPLE_RATE, load_recogniser, sound, speech_track
 from agent.transcript.transcript import Transcript, transcript
+from agent.workspace import Workspace
 from ivcore.demux import read_index
 from ivcore.errors import BackendError, CheckpointError
 
@@ -137,6 +140,16 @@ def test_what_is_said_comes_with_the_pictures_seconds(tmp_path: Path, model: Pat
         assert said.source == "speech"
         assert said.origin == f"speech recognised in {start}.mkv with {model}"
         assert len(said.notes) == 2  # no stream, no file beside it
+
+
+def test_the_transcript_tool_hears_with_the_model_that_its_workspace_names(tmp_path: Path, model: Path) -> None:
+    path = film(tmp_path / "film.mkv", (0.0, np.concatenate([voice(2), silence(2), voice(2)])))
+    workspace = Workspace(path, None, None, speech_model=str(model))  # type: ignore[arg-type]  # no video model is asked
+    shown = call(TranscriptTool(workspace), {"start": 4.0})
+    assert [line.partition(": ")[2] for line in shown.quoted] == ["Hello", "there"]
+    assert shown.span == (4.0, 6.0) and shown.is_evidence
+    nothing = call(TranscriptTool(workspace), {"start": 2.5, "end": 3.5})
+    assert nothing.quoted[-1] == "No speech was recognised in film.mkv from 2.5 to 3.5 s." and not nothing.is_evidence
 
 
 def test_only_the_span_is_heard(tmp_path: Path, model: Path) -> None:

@@ -15,17 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent import prompts
+from agent.content import content_hash
 from agent.entries import Span
-from agent.library import Collection, Entry, Library, LibraryError, content_hash
+from agent.library import Collection, Entry, Library, LibraryError
 from agent.session import Session
 from agent.tools import ground
 from agent.tools.box import NAMES, OF_LIBRARY, tools
 from agent.tools.ground import Found, Ground, windows
 from agent.tools.look import MOST_FRAMES, Look, Overview
 from agent.tools.memory import Note, Recall, Search
+from agent.tools.segment import MOST_SHOTS, Segment
 from agent.tools.summarize import Summarize
 from agent.tools.tool import MOST_CHARACTERS, Shown, Tool, ToolError, call, schema
-from agent.tools.transcribe import Segment, Transcript
+from agent.tools.transcribe import Transcript
 from agent.tools.verify import Verify
 from agent.workspace import Workspace
 from ivcore.backend import load
@@ -113,15 +115,29 @@ def test_a_video_that_is_gone_is_a_problem_of_the_call(silent: Path) -> None:
 
 def test_segment_finds_the_cut_of_a_real_clip(shared_dir: Path) -> None:
     shown = call(Segment(about(shared_dir / "videos/dog.mp4")), {})
-    assert shown.text == "2 shots:\n0.0 to 5.0\n5.0 to 8.0" and not shown.is_evidence
+    assert shown.text == "2 shots in 1 scene.\n0.0 to 5.0, scene 1\n5.0 to 8.0, scene 1" and not shown.is_evidence
 
 
 def test_segment_finds_the_scenes_of_a_film(tmp_path: Path) -> None:
-    script = make_script(1, "shape", 20.0)
+    script = make_script(3, "shape", 20.0)  # no two backgrounds of it are alike
     write_clip(tmp_path / "film.mp4", script)
-    lines = [f"{start:.1f} to {end:.1f}" for start, end in (scene.span for scene in script.scenes)]
-    assert call(Segment(about(tmp_path / "film.mp4")), {}).text.splitlines() == [f"{len(lines)} shots:", *lines]
-    assert len(lines) > 1
+    spans = [scene.span for scene in script.scenes]
+    lines = [f"{start:.1f} to {end:.1f}, scene {number}" for number, (start, end) in enumerate(spans, 1)]
+    head = f"{len(lines)} shots in {len(lines)} scenes."
+    tool = Segment(about(tmp_path / "film.mp4"))
+    assert call(tool, {}).text.splitlines() == [head, *lines] and len(lines) > 1
+    middle = sum(spans[1]) / 2
+    assert call(tool, {"start": spans[1][0], "end": middle}).text == (
+        f"1 shot in 1 scene.\n{spans[1][0]:.1f} to {middle:.1f}, scene 1"
+    )
+
+
+def test_segment_lists_a_hundred_shots_at_most_and_says_so(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [[(float(2 * scene), 2.0 * scene + 1), (2.0 * scene + 1, 2.0 * scene + 2)] for scene in range(MOST_SHOTS)]
+    monkeypatch.setattr("agent.tools.segment.scenes", lambda video, span: many)
+    head, *lines = call(Segment(about(clip)), {}).text.splitlines()
+    assert head == "200 shots in 100 scenes. The first 100 of them; ask for less."
+    assert len(lines) == MOST_SHOTS and lines[-1] == "99.0 to 100.0, scene 50"
 
 
 def test_transcript_reads_the_embedded_track(clip: Path) -> None:
@@ -136,11 +152,13 @@ def test_transcript_reads_the_embedded_track(clip: Path) -> None:
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_transcript_reads_a_sidecar_in_a_wrong_encoding(silent: Path, encoding: str) -> None:
     nothing = call(Transcript(about(silent)), {})
-    assert nothing.text == "Nothing is said from 0.0 to 16.0." and not nothing.is_evidence
+    assert nothing.text == "There is no transcript of 0.0 to 16.0." and not nothing.is_evidence
+    assert nothing.quoted[0] == "silent.mp4 has no subtitle stream."  # it is not known that nobody speaks
     said = "Où est le café ? Là-bas, près du château, où l’élève déjeune.\nCréée à Genève."
     silent.with_suffix(".srt").write_bytes(f"1\n00:00:01,000 --> 00:00:03,000\n{said}\n".encode(encoding))
     shown = call(Transcript(about(silent)), {"start": 2.0})
     assert list(shown.quoted) == [f"1.0 to 3.0: {' '.join(said.split())}"]
+    assert call(Transcript(about(silent)), {"start": 4.0}) == Shown("Nothing is said from 4.0 to 16.0.")
 
 
 # Finding
