@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.budget import Budget
+from agent.content import content_hash
 from agent.entries import Entry, Result, Run
-from agent.loop import Loop
+from agent.loop import MESSAGE_TOKENS, Loop
 from agent.phases import Phases
 from agent.run_view import lines_of
 from agent.tools.box import tools as box
@@ -30,12 +33,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Of both commands; None leaves a choice to the checkpoint or to this machine."""
+    """Of both commands; None leaves a choice to the checkpoint, to the model or to this machine."""
 
     model: str
     backend: str = "auto"
     dtype: str | None = None
     frame_tokens: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    system: str | None = None
+    max_tokens: int = MESSAGE_TOKENS
     sampling: Sampling = field(default_factory=Sampling)
     budget: Budget = field(default_factory=Budget)
     tools: tuple[str, ...] | None = None
@@ -69,9 +76,9 @@ def agent(
 ) -> None:
     """Answer on stdout, with status and evidence; the turns on stderr, as they happen."""
     path = readable_file(video)
-    run_entry, loop = begin(path, question, options)
-    entries: list[Entry] = []
-    follow(_with_first(run_entry, loop.ask(question)), entries, trace=trace)
+    with prepared(trace, report) as file:
+        run, loop = begin(path, question, options)
+        entries = follow(chain([run], loop.ask(question)), file)
     _finish(entries, report, as_json)
 
 
@@ -85,12 +92,13 @@ def go_on(trace: str, *, report: str | None = None, as_json: bool = False) -> No
     kept, mark = resumed(entries[1:])
     if not kept and not run.question:  # a talk that was stopped before its first question
         raise TraceError(f"{trace} has no question yet, so there is nothing to go on with; ask with iv3 chat.")
-    _, loop = begin(readable_file(run.path), run.question, Options.of(run), entries=kept, video=run.video)
-    show([run, *kept])
-    done: list[Entry] = [run, *kept]
-    rest = loop.go_on() if kept else loop.ask(run.question)
-    follow(_with_first(mark, rest), done, trace=trace, resume=True)
-    _finish([entry for entry in done if entry is not mark], report, as_json)
+    path = readable_file(run.path)
+    with prepared(trace, report, resume=True) as file:
+        _, loop = begin(path, run.question, Options.of(run), entries=[*kept, mark], video=run.video)
+        show([run, *kept])
+        rest = loop.go_on() if kept else loop.ask(run.question)
+        new = follow(chain([mark], rest), file)
+    _finish([run, *kept, *new], report, as_json)
 
 
 def begin(
@@ -98,8 +106,12 @@ def begin(
 ) -> tuple[Run, Loop]:
     """The model loaded and a loop about the video, with the trace's first entry.
 
-    entries, video: of a run to go on from, and the content hash that its file must still have.
+    question: empty for a talk. entries, video: of a run to go on from, and the content hash that its file must still
+    have.
     """
+    content = content_hash(path)
+    if video is not None and video != content:
+        raise TraceError(f"{path} is another video than the run's; put the one back that it was about.")
     phases = Phases()
     with phases, phases.phase("load"):
         folder = resolve(options.model)
@@ -111,14 +123,14 @@ def begin(
         path,
         model,
         tokenizer,
+        content=content,
         speech_model=options.speech_model,
         language=options.language,
         frame_tokens=options.frame_tokens,
+        most_fps=options.fps,
+        most_frames=options.max_frames,
     )
-    box(workspace, options.tools)  # an unknown name is better known before anything long is done
-    workspace.content = _content_hash(path)
-    if video is not None and video != workspace.content:
-        raise TraceError(f"{path} is another video than the run's; put the one back that it was about.")
+    box(workspace, options.tools)  # a library must not come to be for a run with a tool that is none
     workspace.notes = _collection(options, workspace)
     run = Run(
         path=str(path),
@@ -130,22 +142,41 @@ def begin(
         dtype=model.dtype,
         options=options.traced(),
     )
-    loop = Loop(workspace, options.budget, sampling=options.sampling, tools=options.tools, entries=entries)
+    loop = Loop(
+        workspace,
+        options.budget,
+        sampling=options.sampling,
+        message_tokens=options.max_tokens,
+        system=options.system,
+        tools=options.tools,
+        entries=entries,
+    )
     return run, loop
 
 
-def follow(entries: Iterable[Entry], done: list[Entry], *, trace: str | None = None, resume: bool = False) -> None:
-    """Take entries as they come: into the trace first, then onto the terminal, then into `done`."""
+@contextmanager
+def prepared(trace: str | None, report: str | None = None, *, resume: bool = False) -> Iterator[Trace | None]:
+    """The trace, open; a file that cannot be written is better known before a model is loaded."""
+    if report is not None:
+        from agent.report import check_writable
+
+        check_writable(report)
     if trace is None:
-        for entry in entries:
-            show([entry])
-            done.append(entry)
-        return
-    with Trace(trace, resume=resume) as file:
-        for entry in entries:
+        yield None
+    else:
+        with Trace(trace, resume=resume) as file:
+            yield file
+
+
+def follow(entries: Iterable[Entry], file: Trace | None) -> list[Entry]:
+    """Take entries as they come, each into the trace first and then onto the terminal; gives them all."""
+    taken = []
+    for entry in entries:
+        if file is not None:
             file.append(entry)
-            show([entry])
-            done.append(entry)
+        show([entry])
+        taken.append(entry)
+    return taken
 
 
 def show(entries: Iterable[Entry]) -> None:
@@ -169,23 +200,12 @@ def _finish(entries: Sequence[Entry], report: str | None, as_json: bool) -> None
         write_report(report, entries)
 
 
-def _with_first(first: Entry, rest: Iterable[Entry]) -> Iterator[Entry]:
-    yield first
-    yield from rest
-
-
-def _content_hash(path: Path) -> str:
-    from agent.library.content import content_hash
-
-    return content_hash(path)
-
-
 def _collection(options: Options, workspace: Workspace) -> Collection | None:
     """Where notes are kept; None without a library."""
     if options.library is None:
         return None
-    from agent.embedding import Embedder
+    from agent.embedding import Embedder, collection_name
     from agent.library import Library
 
     library = Library(options.library, create=True)
-    return library.collection(options.model, Embedder(workspace.model, workspace.tokenizer).texts)
+    return library.collection(collection_name(options.model), Embedder(workspace.model, workspace.tokenizer).texts)

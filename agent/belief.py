@@ -7,6 +7,8 @@ likely the model finds its words at that place, among all that are open. An obse
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from agent.session import Session
 BEGINNING = f'{OPEN}\n{{"name": "answer", "arguments": {{"text": "'
 MOST_HYPOTHESES = 4
 ANSWER_TOKENS = 24
+_INSIDE = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 MOVED, SURE = 0.05, 0.8
 """A change of confidence that counts as evidence; a confidence from which the question is no longer open."""
 
@@ -32,27 +35,32 @@ class Beliefs:
     _weighed: int = 0
 
     def __post_init__(self) -> None:
-        for last in self.context.of(Belief):
-            self._hypotheses = {each.text: each for each in last.hypotheses}
-        last_belief = max((n for n, each in enumerate(self.context.entries) if isinstance(each, Belief)), default=0)
-        self._weighed = sum(isinstance(each, Observation) for each in self.context.entries[:last_belief])
+        seen: list[str] = []
+        for entry in self.context.entries:
+            if isinstance(entry, Instruction):
+                self._hypotheses = {}
+            elif isinstance(entry, Belief):
+                self._hypotheses = {each.text: each for each in entry.hypotheses}
+                self._weighed = len(seen)
+            elif isinstance(entry, Observation):
+                seen.append(entry.id)
 
     def update(self, session: Session) -> Belief:
         """The belief after what the session has read."""
         seen = [each.id for each in self.context.of(Observation)]
         new, self._weighed = tuple(seen[self._weighed :]), len(seen)
         mouth = session.begun(BEGINNING)
-        foreseen = _until_quote(mouth.foreseen(ANSWER_TOKENS))
+        foreseen = _text(mouth.foreseen(ANSWER_TOKENS))
         texts = [*self._hypotheses, *([foreseen] if foreseen and foreseen not in self._hypotheses else [])]
         if texts:
-            scores = mouth.log_likelihoods(texts, whole=False)
+            scores = mouth.log_likelihoods([_written(each) for each in texts], whole=False)
             chances = np.exp(scores - np.logaddexp.reduce(scores)) if len(texts) > 1 else np.exp(scores)
             found = [self._weigh(text, float(chance), new) for text, chance in zip(texts, chances, strict=True)]
             found.sort(key=lambda each: -each.confidence)
             self._hypotheses = {each.text: each for each in found[:MOST_HYPOTHESES]}
         best = next(iter(self._hypotheses.values()), None)
-        question = next(each.text for each in reversed(list(self.context.of(Instruction))))
-        unknown = () if best is not None and best.confidence >= SURE else (question.rpartition("Question: ")[2],)
+        question = list(self.context.of(Instruction))[-1].question
+        unknown = () if best is not None and best.confidence >= SURE else (question,)
         return Belief(hypotheses=tuple(self._hypotheses.values()), unknown=unknown)
 
     def best(self) -> Hypothesis | None:
@@ -74,5 +82,16 @@ class Beliefs:
         )
 
 
-def _until_quote(text: str) -> str:
-    return text.partition('"')[0].strip()
+def _text(said: str) -> str:
+    """What a model says as the text of an answer, which is the inside of a JSON string, until it ends or is cut off."""
+    inside = _INSIDE.match(said)
+    assert inside is not None  # which may be empty
+    try:
+        return str(json.loads(f'"{inside[0]}"', strict=False)).encode(errors="replace").decode().strip()
+    except ValueError:
+        return inside[0].strip()
+
+
+def _written(text: str) -> str:
+    """A text as the inside of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

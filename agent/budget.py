@@ -1,8 +1,13 @@
-"""What a run may spend, and which limit it has come to."""
+"""What a run may spend, which limit it has come to, and what it has spent."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from agent.entries import Cost, Entry
+from agent.workspace import Workspace
 
 MISTAKES = 3
 """Calls in a row that could not be run; then the run ends."""
@@ -10,8 +15,9 @@ MISTAKES = 3
 
 @dataclass(frozen=True)
 class Budget:
-    """turns: messages of the model. tokens: prefilled and generated, fresh looks included. frames: decoded for looks.
-    seconds: wall time. context: tokens that the context may hold before the oldest observations make room."""
+    """Of one question. turns: messages of the model. tokens: prefilled and generated, fresh looks included. frames:
+    decoded for looks. seconds: of work, not of waiting for a person. context: tokens that the context may hold before
+    the oldest observations make room."""
 
     turns: int = 20
     tokens: int | None = None
@@ -30,3 +36,37 @@ class Budget:
         if self.seconds is not None and seconds >= self.seconds:
             return f"{self.seconds:g} seconds"
         return None
+
+
+class Meter:
+    """What a run has spent in its workspace and how long it has worked, before it was stopped and since."""
+
+    def __init__(self, workspace: Workspace, entries: Sequence[Entry] = ()) -> None:
+        """entries: of a run to go on from; those that will be void count, too."""
+        self._workspace = workspace
+        last = entries[-1] if entries else None
+        self._before = last.cost if last else Cost()
+        self._at_first = self._here()
+        self._last = last.seconds if last else 0.0
+        self.start()
+
+    def start(self) -> None:
+        """The clock goes on from where it was last read; until now, nobody worked."""
+        self._started = time.monotonic() - self._last
+
+    @property
+    def seconds(self) -> float:
+        """Of work since the run began."""
+        self._last = round(time.monotonic() - self._started, 3)
+        return self._last
+
+    @property
+    def cost(self) -> Cost:
+        """Since the run began."""
+        return self._before + self._here() - self._at_first
+
+    def _here(self) -> Cost:
+        spent = self._workspace.spent
+        return Cost(
+            prefilled=spent.prefilled, visual=spent.visual, generated=spent.generated, frames=self._workspace.frames
+        )

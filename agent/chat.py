@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
-from itertools import chain
+from contextlib import suppress
 
-from agent.act import Options, begin, show
+from agent.act import Options, begin, follow, prepared
 from agent.entries import Result
 from agent.run_view import lines_of
-from agent.trace import Trace
 from ivcore.media_file import readable_file
 
 PROMPT = "> "
@@ -18,20 +16,18 @@ PROMPT = "> "
 
 def chat(video: str, options: Options, *, trace: str | None = None) -> None:
     """Answer what is asked on stdin, on stdout, until it ends; Ctrl-C stops an answer."""
-    run, loop = begin(readable_file(video), "", options)
-    with ExitStack() as stack:
-        file = stack.enter_context(Trace(trace)) if trace is not None else None
-        first = iter([run])
+    path = readable_file(video)
+    with prepared(trace) as file:
+        run, loop = begin(path, "", options)
+        follow([run], file)
         for question in questions():
             try:
-                for entry in chain(first, loop.ask(question)):
-                    if file is not None:
-                        file.append(entry)
-                    show([entry])
-                    if isinstance(entry, Result):
-                        print("\n".join(lines_of(entry)), flush=True)
+                *_, result = follow(loop.ask(question), file)
             except KeyboardInterrupt:
                 print("stopped; ask something else, or leave by Ctrl-D.", file=sys.stderr)
+            else:
+                assert isinstance(result, Result)
+                print("\n".join(lines_of(result)), flush=True)
 
 
 def questions() -> Iterator[str]:

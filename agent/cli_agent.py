@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent.cli_options import Debug, ModelOrTiny
+from agent.cli_options import Debug, Model
 
 if TYPE_CHECKING:
     from agent.act import Options
@@ -15,14 +16,18 @@ app = typer.Typer()
 
 Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
+Fps = Annotated[float | None, typer.Option(min=0.001, help="Most frames a second of any look.")]
+MaxFrames = Annotated[int | None, typer.Option(min=1, help="Most frames of any look.")]
 FrameTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens for a pair of frames.")]
+System = Annotated[str | None, typer.Option(help="What the model is told besides the rules of the loop.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens of a message.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=1e-6, max=1, help="Sample from the likeliest tokens of this mass.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Makes sampled answers repeatable.")]
-MaxTurns = Annotated[int, typer.Option(min=1, help="Most messages of the model to one question.")]
-BudgetTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens to read and write, in all.")]
-BudgetFrames = Annotated[int | None, typer.Option(min=1, help="Most frames to look at, in all.")]
-BudgetSeconds = Annotated[float | None, typer.Option(min=0, help="Most seconds.")]
+MaxTurns = Annotated[int, typer.Option(min=1, help="Most messages of the model for a question.")]
+BudgetTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens to read and write for a question.")]
+BudgetFrames = Annotated[int | None, typer.Option(min=1, help="Most frames to look at for a question.")]
+BudgetSeconds = Annotated[float | None, typer.Option(min=0, help="Most seconds of work on a question.")]
 Context = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of context; then the oldest frames become a sentence each.")
 ]
@@ -48,12 +53,17 @@ Examples:
   iv3 agent film.mp4 "Who wins?" -m DIR --max-turns 8 --json | jq .evidence"""
 )
 def agent(
+    given: typer.Context,
     video: Annotated[str | None, typer.Argument(help="The video.")] = None,
     question: Annotated[str | None, typer.Argument(help="What to find out.")] = None,
-    model: ModelOrTiny = None,
+    model: Annotated[str | None, Model.__metadata__[0]] = None,
     backend: Backend = "auto",
     dtype: DType = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
     frame_tokens: FrameTokens = None,
+    system: System = None,
+    max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -84,16 +94,18 @@ def agent(
     from agent import act
 
     if resume is not None:
-        if video is not None or question is not None:
-            raise typer.BadParameter("--resume knows its video and question from the trace; leave them out")
+        ours = {"resume", "report", "as_json", "debug"}
+        named = [each for each in given.params if each not in ours and _on_command_line(given, each)]
+        if named:
+            name = named[0] if named[0] in ("video", "question") else f"--{named[0].replace('_', '-')}"
+            raise typer.BadParameter(f"--resume knows the run's video, question and options; leave out {name}")
         act.go_on(resume, report=report, as_json=as_json)
         return
     if video is None or question is None:
         raise typer.BadParameter("a video and a question are missing, or --resume TRACE")
-    options = _options(
-        model, backend, dtype, frame_tokens, temperature, top_p, seed, max_turns, budget_tokens, budget_frames,
-        budget_seconds, context, tools, library, speech_model, language,
-    )  # fmt: skip
+    if not question.strip():
+        raise typer.BadParameter("the question is empty")
+    options = _options(given.params)
     act.agent(video, question, options, trace=trace, report=report, as_json=as_json)
 
 
@@ -104,11 +116,16 @@ Examples:
   iv3 chat film.mp4 -m DIR --trace talk.jsonl"""
 )
 def chat(
+    given: typer.Context,
     video: Annotated[str, typer.Argument(help="The video.")],
-    model: ModelOrTiny = None,
+    model: Model,
     backend: Backend = "auto",
     dtype: DType = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
     frame_tokens: FrameTokens = None,
+    system: System = None,
+    max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
@@ -132,10 +149,7 @@ def chat(
     """
     from agent.chat import chat as talk
 
-    options = _options(
-        model, backend, dtype, frame_tokens, temperature, top_p, seed, max_turns, budget_tokens, budget_frames,
-        budget_seconds, context, tools, library, speech_model, language,
-    )  # fmt: skip
+    options = _options(given.params)
     talk(video, options, trace=trace)
 
 
@@ -161,41 +175,32 @@ def replay(
         raise typer.Exit(1)
 
 
-def _options(
-    model: str | None,
-    backend: str,
-    dtype: str | None,
-    frame_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    max_turns: int,
-    budget_tokens: int | None,
-    budget_frames: int | None,
-    budget_seconds: float | None,
-    context: int | None,
-    tools: str | None,
-    library: str | None,
-    speech_model: str | None,
-    language: str | None,
-) -> Options:
+def _on_command_line(given: typer.Context, name: str) -> bool:
+    source = given.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    """The options that `agent` and `chat` share, from their parameters by name."""
     from agent.act import Options
     from agent.budget import Budget
-    from agent.packaged import or_packaged
     from ivcore.sampling import Sampling
 
-    model, dtype = or_packaged(model, dtype)
+    if given["model"] is None:
+        raise typer.BadParameter("name a model with --model or IV3_MODEL")
+    same = "backend", "fps", "max_frames", "frame_tokens", "system", "max_tokens", "library", "speech_model", "language"
+    tools = given["tools"]
     return Options(
-        model=model,
-        backend=backend,
-        dtype=dtype,
-        frame_tokens=frame_tokens,
-        sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+        model=given["model"],
+        dtype=given["dtype"],
+        sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
         budget=Budget(
-            turns=max_turns, tokens=budget_tokens, frames=budget_frames, seconds=budget_seconds, context=context
+            turns=given["max_turns"],
+            tokens=given["budget_tokens"],
+            frames=given["budget_frames"],
+            seconds=given["budget_seconds"],
+            context=given["context"],
         ),
         tools=None if tools is None else tuple(name.strip() for name in tools.split(",")),
-        library=library,
-        speech_model=speech_model,
-        language=language,
+        **{name: given[name] for name in same},
     )

@@ -30,12 +30,3 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Model = Annotated[
     str, typer.Option("--model", "-m", envvar="IV3_MODEL", help="A folder, or a Hugging Face id (owner/name@revision).")
 ]
-ModelOrTiny = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="IV3_MODEL",
-        help="A folder, or a Hugging Face id (owner/name@revision); iv3-tiny, which comes with this, by default.",
-    ),
-]

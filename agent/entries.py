@@ -6,7 +6,6 @@ are about it. Ids are unique in a run: `o1` is its first observation, `c1` its f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -18,21 +17,42 @@ Verdict = Literal["support", "contradict", "unclear"]
 Status = Literal["verified", "unverified", "not found"]
 
 
+class Cost(BaseModel):
+    """Tokens prefilled, visual ones among them, and generated, and frames decoded for looks; those of fresh looks by
+    tools and verification included."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefilled: int = 0
+    visual: int = 0
+    generated: int = 0
+    frames: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in Cost.model_fields})
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(**{name: getattr(self, name) - getattr(other, name) for name in Cost.model_fields})
+
+
 class _Entry(BaseModel):
-    """turn: of the loop that it belongs to, from 0. tokens: by which it made the model's context longer; of an
-    observation, its visual ones too. seconds: since the run began."""
+    """turn: of the loop that it belongs to, from 0: a turn ends with what came of the calls in its message.
+    seconds, cost: that the run had worked for and spent when the entry was appended, since its beginning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     turn: int = 0
-    tokens: int = 0
     seconds: float = 0.0
+    cost: Cost = Cost()
 
 
 class Instruction(_Entry):
+    """text: as the model reads it; question: the words of the person in it, empty in a system message."""
+
     kind: Literal["instruction"] = "instruction"
     role: Literal["system", "user"] = "user"
     text: str
+    question: str = ""
 
 
 class Observation(_Entry):
@@ -86,7 +106,7 @@ class Feedback(_Entry):
 
 
 class Memory(_Entry):
-    """What is left of observations that were trimmed from the cache; `of`: their ids."""
+    """What is left of observations that were trimmed from the cache: a line for each; `of`: their ids."""
 
     kind: Literal["memory"] = "memory"
     text: str
@@ -132,7 +152,8 @@ class Belief(_Entry):
 
 
 class Run(_Entry):
-    """The first line of a trace. video: its content hash; options: of the command, with what they left out."""
+    """The first line of a trace. video: its content hash; question: empty for a talk; options: of the command, with
+    what they left out."""
 
     kind: Literal["run"] = "run"
     format: Literal[1] = 1
@@ -147,7 +168,8 @@ class Run(_Entry):
 
 
 class Resumed(_Entry):
-    """Here a run was gone on with; the last `dropped` entries before it are void, because their call is begun anew."""
+    """Here a run was gone on with; the last `dropped` entries before it are void, because their call is begun anew,
+    but what they cost was spent."""
 
     kind: Literal["resumed"] = "resumed"
     dropped: int
@@ -165,9 +187,8 @@ class Evidence(BaseModel):
 
 
 class Result(_Entry):
-    """The last line of a trace that ended. stopped: the budget or the mistakes that ended it, None where it ended by
-    itself. prefilled, visual, generated, frames: tokens read, visual ones among them, tokens written, frames decoded;
-    the fresh looks of tools and verification included."""
+    """The end of a question's run. stopped: the budget or the mistakes that ended it, None where it ended by itself.
+    turns: messages of the model. prefilled, visual, generated, frames: as in `Cost`, since the question."""
 
     kind: Literal["result"] = "result"
     answer: str
@@ -202,8 +223,3 @@ _ANY: TypeAdapter[Entry] = TypeAdapter(Entry)
 def read_entry(line: str | bytes) -> Entry:
     """The entry of a trace's line; ValueError where it is none."""
     return _ANY.validate_json(line)
-
-
-def as_entry(fields: Mapping[str, Any]) -> Entry:
-    """The entry of a line's object; ValueError where it is none."""
-    return _ANY.validate_python(fields)

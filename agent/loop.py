@@ -7,16 +7,16 @@ appended, so whoever iterates can show it, write it to a trace, or stop: the sta
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 import numpy as np
 
 from agent import prompts
 from agent.answering import Answering, contradiction, evidence_of, status_of
 from agent.belief import Beliefs
-from agent.budget import MISTAKES, Budget
+from agent.budget import MISTAKES, Budget, Meter
 from agent.calls import Parsed, parse
 from agent.context import Context
 from agent.entries import (
@@ -26,18 +26,18 @@ from agent.entries import (
     Feedback,
     Instruction,
     Judgement,
-    Memory,
     Observation,
     Reasoning,
     Result,
+    Status,
 )
 from agent.resume import resumable
 from agent.room import make_room
-from agent.session import Session
+from agent.session import ContextFull, Session
 from agent.tools.box import tools as box
 from agent.tools.tool import Shown, ToolError, call, checked, schema
 from agent.workspace import Workspace
-from ivcore.errors import PromptError
+from ivcore.errors import IvError
 from ivcore.sampling import Sampling
 from ivcore.video import decode_at
 
@@ -54,17 +54,21 @@ class Loop:
         budget: Budget | None = None,
         *,
         sampling: Sampling | None = None,
+        message_tokens: int = MESSAGE_TOKENS,
+        system: str | None = None,
         tools: Sequence[str] | None = None,
         entries: Sequence[Entry] = (),
     ) -> None:
-        """tools: names of those that may be used, None for all that work here. entries: of a run to go on from, see
+        """message_tokens: the most of a message. system: what is told to the model besides `prompts.SYSTEM`.
+        tools: names of those that may be used, None for all that work here. entries: of a run to go on from, see
         `agent.resume`. Raises ToolError for an unknown tool.
         """
         self.workspace, self.budget, self.sampling = workspace, budget or Budget(), sampling
+        self._message_tokens, self._system = message_tokens, system
         self._tools, self._answering = box(workspace, tools), Answering(workspace)
         self._held: dict[str, np.ndarray] = {}
         self._prefilled = 0
-        kept, self._left = resumable(entries)
+        kept, self._unfinished = resumable(entries)
         self.context = Context(self._frames, kept)
         self.beliefs = Beliefs(self.context)
         self.session = Session(
@@ -74,56 +78,64 @@ class Loop:
             spent=workspace.spent,
             frame_tokens=workspace.frame_tokens,
         )
-        last = kept[-1] if kept else None
-        self._turn = last.turn if last else 0
-        self._started = time.monotonic() - (last.seconds if last else 0.0)
+        self._turn = self._messages()
+        self._meter = Meter(workspace, entries)
 
     def ask(self, question: str) -> Iterator[Entry]:
         """Answer a question; gives the entries as they are appended, a Result last."""
+        self._meter.start()
         self.beliefs.forget()
+        self._turn, text = self._messages(), question
         if not any(True for _ in self.context.of(Instruction)):
-            yield self._append(Instruction(role="system", text=prompts.SYSTEM))
-            question = prompts.opening(self.workspace.video, self.workspace.duration, question)
-        yield self._append(Instruction(text=question))
-        yield from self.go_on()
+            told = "\n\n".join(filter(None, (prompts.SYSTEM, self._system)))
+            yield self._append(Instruction(role="system", text=told))
+            text = prompts.opening(self.workspace.video, self.workspace.duration, question)
+        yield self._append(Instruction(text=text, question=question))
+        yield from self._run()
 
     def go_on(self) -> Iterator[Entry]:
         """As `ask`, from where the entries end."""
-        first = self._first_turn()
-        left, self._left = self._left, []
-        for parsed in left:
-            for entry in self._act(parsed):
-                yield self._append(entry)
-                if isinstance(entry, Result):
-                    return
+        self._meter.start()
+        if (unfinished := self._unfinished) is not None:
+            self._turn, self._unfinished = self._messages() - 1, None
+            yield from self._act_on(unfinished.said, unfinished.done)
+        if not isinstance(self.context.entries[-1], Result):
+            yield from self._run()
+
+    def _run(self) -> Iterator[Entry]:
+        """Turns until there is a Result."""
         while True:
-            if stopped := self._stopped(first):
+            self._turn = self._messages()
+            if stopped := self._stopped(self._turns()):
                 yield self._best(stopped)
                 return
             self._prefilled = 0
-            yield from map(self._append, self._read())
-            if self.session.length > self._most_context():
+            if not (yield from self._read()):
                 yield self._best(f"{self._most_context():,} tokens of context")
                 return
             yield self._append(self.beliefs.update(self.session))
-            said, generated = self._say()
-            text, calls = parse(said)
-            self._turn += 1
-            yield self._append(
-                Reasoning(
-                    text=text, said=said, prefilled=self._prefilled, generated=generated, context=self.session.length
-                )
-            )
-            if not calls and self._was_nudged():
-                yield self._append(self._result(text, "unverified"))
+            message = self._say()
+            yield self._append(message)
+            yield from self._act_on(message)
+            if isinstance(self.context.entries[-1], Result):
                 return
-            if not calls:
-                yield self._append(Feedback(call="", problem=NUDGE))
-            for parsed in calls:
-                for entry in self._act(parsed):
-                    yield self._append(entry)
-                    if isinstance(entry, Result):
-                        return
+
+    def _act_on(self, message: Reasoning, done: int = 0) -> Iterator[Entry]:
+        """Run the calls in a message, but for those that are done; one without a call is asked for its evidence, once.
+
+        Ends with a Result where the run does.
+        """
+        _, calls = parse(message.said)
+        if not calls:
+            nudged = any(isinstance(each, Feedback) and each.problem == NUDGE for each in self._since_question())
+            yield self._append(self._result(message.text, "unverified") if nudged else Feedback(call="", problem=NUDGE))
+        for place, parsed in enumerate(calls[done:], done):
+            if place and (stopped := self._stopped()):
+                yield self._best(stopped)
+                return
+            yield from map(self._append, self._act(parsed))
+            if isinstance(self.context.entries[-1], Result):
+                return
 
     def _act(self, parsed: Parsed) -> Iterator[Entry]:
         """A call, what it showed, and what came of it."""
@@ -139,7 +151,7 @@ class Loop:
                 there = ", ".join((*self._tools, Answering.name))
                 raise ToolError(f"there is no tool {parsed.name[:40]!r}; there are {there}.")
             shown = call(self._tools[parsed.name], parsed.arguments)
-        except ToolError as error:
+        except IvError as error:  # of the fresh looks at an answer, any; of a tool, ToolError
             yield Feedback(call=made.id, problem=str(error))
             return
         yield from self._take_in(made, shown)
@@ -167,8 +179,8 @@ class Loop:
             return
         yield self._result(arguments.text, status_of(arguments.found, verdicts), claims)
 
-    def _read(self) -> Iterator[Memory]:
-        """Let the model read what is new, and make room until there is some for its message."""
+    def _read(self) -> Generator[Entry, None, bool]:
+        """Let the model read what is new, and make room until there is some for its message; whether there is."""
         while True:
             messages = self.context.messages()
             known = len(self.session.messages)
@@ -177,24 +189,32 @@ class Loop:
                     self._prefilled += self.session.read(messages[known:])
                 else:
                     self._prefilled += self.session.rewrite(messages)
-                if self.session.length <= self._most_context():
-                    return
-            except PromptError:  # more than the model's own context holds
-                if not self.context.in_view():
-                    raise
+                if self.session.length + self._message_tokens <= self._most_context():
+                    return True
+            except ContextFull:
+                pass
             memory = make_room(self.context, self.workspace)
             if memory is None:
-                return
-            yield memory
+                return False
+            for name in memory.of:
+                self._held.pop(name, None)
+            yield self._append(memory)
 
     def _most_context(self) -> int:
         limit = self.workspace.model.config.text.max_position_embeddings
-        return min(limit, self.budget.context or limit) - MESSAGE_TOKENS
+        return min(limit, self.budget.context or limit)
 
-    def _say(self) -> tuple[str, int]:
+    def _say(self) -> Reasoning:
+        """The next message of the model."""
         before = self.workspace.spent.generated
-        said = "".join(self.session.answer(MESSAGE_TOKENS, self.sampling))
-        return said, self.workspace.spent.generated - before
+        said = "".join(self.session.answer(self._message_tokens, _nth(self.sampling, self._turn)))
+        return Reasoning(
+            text=parse(said)[0],
+            said=said,
+            prefilled=self._prefilled,
+            generated=self.workspace.spent.generated - before,
+            context=self.session.length,
+        )
 
     def _frames(self, seen: Observation) -> np.ndarray:
         if seen.id not in self._held:
@@ -202,22 +222,19 @@ class Loop:
         return self._held[seen.id]
 
     def _append(self, entry: Entry) -> Entry:
-        entry = entry.model_copy(update={"turn": self._turn, "seconds": round(time.monotonic() - self._started, 3)})
+        now = {"turn": self._turn, "seconds": self._meter.seconds, "cost": self._meter.cost}
+        entry = entry.model_copy(update=now)
         self.context.append(entry)
         return entry
 
-    def _result(self, answer: str, status: Any, claims: Sequence[Claim] = (), stopped: str | None = None) -> Result:
-        spent = self.workspace.spent
+    def _result(self, answer: str, status: Status, claims: Sequence[Claim] = (), stopped: str | None = None) -> Result:
         return Result(
             answer=answer,
             status=status,
             evidence=evidence_of(list(claims), self.context),
             stopped=stopped,
-            turns=self._turn - self._first_turn(),
-            prefilled=spent.prefilled,
-            visual=spent.visual,
-            generated=spent.generated,
-            frames=self.workspace.frames,
+            turns=self._turns(),
+            **(self._meter.cost - self._asked().cost).model_dump(),
         )
 
     def _best(self, stopped: str) -> Entry:
@@ -225,31 +242,44 @@ class Loop:
         best = self.beliefs.best()
         return self._append(self._result(best.text if best else "", "unverified", stopped=stopped))
 
-    def _first_turn(self) -> int:
-        """The turn at which the last question was asked."""
-        asked = [entry.turn for entry in self.context.of(Instruction)]
-        return asked[-1] if asked else 0
+    def _messages(self) -> int:
+        """How many messages of the model there are."""
+        return sum(1 for _ in self.context.of(Reasoning))
 
-    def _was_nudged(self) -> bool:
-        since = [each for each in self.context.of(Feedback) if each.turn > self._first_turn()]
-        return any(each.problem == NUDGE for each in since)
+    def _turns(self) -> int:
+        """How many there are since the last question."""
+        return sum(isinstance(each, Reasoning) for each in self._since_question())
 
-    def _stopped(self, first: int) -> str | None:
+    def _since_question(self) -> Sequence[Entry]:
+        """The last question, and what came after it."""
+        entries = self.context.entries
+        return entries[max(place for place, each in enumerate(entries) if isinstance(each, Instruction)) :]
+
+    def _asked(self) -> Entry:
+        return self._since_question()[0]
+
+    def _stopped(self, turns: int = 0) -> str | None:
         """Why the run has to end; None while it can go on."""
-        problems = 0
-        for entry in reversed(self.context.entries):
-            if isinstance(entry, Feedback):
-                if entry.problem is None:
-                    break
-                problems += 1
-            if isinstance(entry, Instruction):
-                break
-        if problems >= MISTAKES:
+        if self._mistakes() >= MISTAKES:
             return f"{MISTAKES} calls in a row that could not be run"
-        spent = self.workspace.spent
+        asked = self._asked()
+        spent = self._meter.cost - asked.cost
         return self.budget.spent(
-            turns=self._turn - first,
+            turns=turns,
             tokens=spent.prefilled + spent.generated,
-            frames=self.workspace.frames,
-            seconds=time.monotonic() - self._started,
+            frames=spent.frames,
+            seconds=self._meter.seconds - asked.seconds,
         )
+
+    def _mistakes(self) -> int:
+        """Calls in a row, the last ones, that could not be run."""
+        feedback = [each for each in self._since_question() if isinstance(each, Feedback)]
+        return sum(1 for _ in takewhile(lambda each: each.problem is not None, reversed(feedback)))
+
+
+def _nth(sampling: Sampling | None, number: int) -> Sampling | None:
+    """The sampling of a run's message: each has its own seed, which follows from the run's and the message's number."""
+    if sampling is None or sampling.seed is None:
+        return sampling
+    words = np.random.SeedSequence((sampling.seed, number)).generate_state(2, np.uint64)
+    return replace(sampling, seed=int(words[0]) << 64 | int(words[1]))

@@ -3,14 +3,15 @@
 - What a model, a subtitle or a file name says is data: escaped by jinja2 in every place, without control characters,
   cut off where it is long. The page runs no script and forbids itself to load anything.
 - Pictures are decoded again from the video, at the times of the frames that were seen; without it, the page says so.
+- Every question of a talk stands with its own answer, status and evidence; evidence is numbered through the page.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,18 @@ from PIL import Image
 
 from agent.ask import _printable
 from agent.clock import clock, span_text
-from agent.entries import Belief, Entry, Evidence, Hypothesis, Observation, Reasoning, Result, Run
+from agent.content import content_hash
+from agent.entries import (
+    Belief,
+    Entry,
+    Evidence,
+    Hypothesis,
+    Instruction,
+    Observation,
+    Reasoning,
+    Result,
+    Run,
+)
 from agent.run_view import call_text, observation_text
 from agent.thumbnails import thumbnails
 from agent.timeline import timeline
@@ -52,6 +64,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A question and its Result, None where it was stopped; best: the likeliest answer then; cited: how many pieces of
+    evidence the page has before its own."""
+
+    question: str
+    result: Result | None
+    best: Hypothesis | None
+    cited: int
+
+
+@dataclass(frozen=True)
 class Turn:
     """The entries of a turn of the loop (from 0); read, written: the model's tokens; seconds: of the run at its end."""
 
@@ -60,6 +83,13 @@ class Turn:
     read: int
     written: int
     seconds: float
+
+
+def check_writable(path: str | Path) -> None:
+    """IvError if a report cannot be written there, which is better known before its run."""
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise IvError(f"{path} cannot be written; name a file in a folder of yours for the report.")
 
 
 def write_report(path: str | Path, entries: Sequence[Entry], video: str | Path | None = None) -> None:
@@ -81,14 +111,15 @@ def _page(entries: Sequence[Entry], video: str | Path | None) -> str:
     if not entries or not isinstance(entries[0], Run):
         raise ValueError("a trace begins with its run")
     run = entries[0]
-    result = next((entry for entry in reversed(entries) if isinstance(entry, Result)), None)
-    cited = result.evidence if result else ()
+    exchanges = _exchanges(run, entries[1:])
+    results = [each.result for each in exchanges if each.result is not None]
+    cited = [evidence for result in results for evidence in result.evidence]
     pictures, missing = _pictures(run, Path(run.path if video is None else video), cited, entries)
     names = {
         "run": run,
         "name": Path(run.path).name or run.path,
-        "result": result,
-        "best": _best(entries),
+        "exchanges": exchanges,
+        "results": results,
         "turns": _turns(entries),
         "timeline": timeline(run, entries[1:]),
         "strip": _strip(pictures, run.duration),
@@ -123,13 +154,22 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _best(entries: Iterable[Entry]) -> Hypothesis | None:
-    """What a run without a result held to be most likely when it ended."""
-    last: Belief | None = None
+def _exchanges(run: Run, entries: Sequence[Entry]) -> list[Exchange]:
+    """The questions that were asked, in order; of a run that was killed before, the one that it was begun with."""
+    asked: list[tuple[str, list[Entry]]] = []
     for entry in entries:
-        if isinstance(entry, Belief):
-            last = entry
-    return max(last.hypotheses, key=lambda hypothesis: hypothesis.confidence, default=None) if last else None
+        if isinstance(entry, Instruction) and entry.question:
+            asked.append((entry.question, []))
+        elif asked:
+            asked[-1][1].append(entry)
+    found: list[Exchange] = []
+    for question, since in asked or [(run.question, list(entries))]:
+        beliefs = [entry.hypotheses for entry in since if isinstance(entry, Belief)]
+        result = next((entry for entry in since if isinstance(entry, Result)), None)
+        best = max(beliefs[-1], key=lambda each: each.confidence, default=None) if beliefs else None
+        cited = sum(len(each.result.evidence) for each in found if each.result is not None)
+        found.append(Exchange(question, result, best, cited))
+    return found
 
 
 def _turns(entries: Sequence[Entry]) -> list[Turn]:
@@ -156,7 +196,7 @@ def _pictures(
     if not wanted:
         return {}, None
     try:
-        if not _is_the_same(readable_file(video), run.video):
+        if content_hash(readable_file(video)) != run.video:
             return {}, f"{video} is not the file that this run looked at, so there are no pictures of it here."
         found = thumbnails(video, wanted, PICTURE_SIDE)
     except (MediaError, OSError):
@@ -167,12 +207,6 @@ def _pictures(
         uri = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
         pictures[time] = Picture(time, uri, width, height, number_of.get(time))
     return pictures, None
-
-
-def _is_the_same(video: Path, content_hash: str) -> bool:
-    # agent.library.content_hash would do it, but a report needs no LanceDB.
-    with video.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == content_hash
 
 
 def _chosen(cited: Iterable[Sequence[float]], seen: Iterable[Sequence[float]]) -> list[float]:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from agent.calls import Parsed, parse
+from agent.calls import parse
 from agent.entries import Entry, Feedback, Instruction, Memory, Reasoning, Result
 
 
-def resumable(entries: Sequence[Entry]) -> tuple[list[Entry], list[Parsed]]:
-    """The entries that stand, and the calls of the last message that are still to be run.
+@dataclass(frozen=True)
+class Unfinished:
+    """A message of the model whose calls have not all been run; done: how many have."""
+
+    said: Reasoning
+    done: int
+
+
+def resumable(entries: Sequence[Entry]) -> tuple[list[Entry], Unfinished | None]:
+    """The entries that stand, and their last message where it still has to be acted on.
 
     What a call had begun to show when the run was stopped is left out: the call is run again, with the same ids.
     """
@@ -17,11 +26,11 @@ def resumable(entries: Sequence[Entry]) -> tuple[list[Entry], list[Parsed]]:
     kept = list(entries)
     while kept and not isinstance(kept[-1], settled):
         kept.pop()
-    last = next((place for place in reversed(range(len(kept))) if isinstance(kept[place], Reasoning)), None)
-    if last is None or any(isinstance(entry, Instruction | Result) for entry in kept[last:]):
-        return kept, []
-    said = kept[last]
+    place = max((place for place, entry in enumerate(kept) if isinstance(entry, Reasoning)), default=None)
+    if place is None or any(isinstance(entry, Instruction | Result) for entry in kept[place:]):
+        return kept, None
+    said = kept[place]
     assert isinstance(said, Reasoning)
-    _, calls = parse(said.said)
-    done = sum(isinstance(entry, Feedback) for entry in kept[last:])
-    return kept, calls[done:]
+    done = sum(isinstance(entry, Feedback) for entry in kept[place:])
+    # A message without a call gets one feedback, too, if it does not end the run.
+    return kept, Unfinished(said, done) if done < max(1, len(parse(said.said)[1])) else None

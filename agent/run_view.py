@@ -45,9 +45,9 @@ def lines_of(entry: Entry) -> list[str]:
     match entry:
         case Run():
             of = f"{entry.path} ({clock(entry.duration)}), {entry.model} on {entry.backend} in {entry.dtype}"
-            return [*_text(f"question: {entry.question}"), *_text(f"video: {of}")]
+            return _text(f"video: {of}")
         case Instruction():
-            return []
+            return _text(f"question: {entry.question}") if entry.question else []
         case Observation():
             return [*_text(observation_text(entry)), *_text(entry.text, INDENT)]
         case Reasoning():

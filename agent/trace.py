@@ -24,8 +24,12 @@ class Trace:
     """A trace being written; use as a context manager."""
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
-        """A new file, which must not be there yet, or with resume one to go on with, from its last whole line."""
+        """A new file, which must not be there yet, or with resume one to go on with, from its last whole line.
+
+        A new one to which nothing is appended is gone when the context is left.
+        """
         self.path = Path(path)
+        self._empty = not resume
         try:
             if resume:
                 _cut_off_half_a_line(self.path)
@@ -43,12 +47,15 @@ class Trace:
     ) -> None:
         with suppress(OSError):  # what could not be written has been said by `append`
             self._file.close()
+            if self._empty:
+                self.path.unlink()
 
     def append(self, entry: Entry) -> None:
         """Write an entry; once this returns, a kill of this process does not lose it."""
         try:
             self._file.write(entry.model_dump_json().encode("utf-8", "replace") + b"\n")
             self._file.flush()
+            self._empty = False
         except OSError as error:
             raise TraceError(f"{self.path} cannot be written ({error.strerror}); the run stops here.") from None
 
@@ -56,7 +63,7 @@ class Trace:
 def read_trace(path: str | Path) -> list[Entry]:
     """The entries of a trace that stand, a Run first; a last line that was cut off is left out.
 
-    Raises TraceError where the file cannot be read or is no trace.
+    Raises TraceError where the file cannot be read, is empty or is no trace.
     """
     entries: list[Entry] = []
     for number, entry in enumerate(_lines(Path(path)), 1):
@@ -64,9 +71,10 @@ def read_trace(path: str | Path) -> list[Entry]:
             if not 0 <= entry.dropped < len(entries):
                 raise TraceError(f"{path}, line {number}: {entry.dropped} entries before it cannot be void.")
             del entries[len(entries) - entry.dropped :]
-        else:
-            entries.append(entry)
-    if not entries or not isinstance(entries[0], Run):
+        entries.append(entry)
+    if not entries:
+        raise TraceError(f"{path} is empty, because its run was stopped before its first line; delete it, start anew.")
+    if not isinstance(entries[0], Run):
         raise TraceError(f"{path} is no trace of a run: its first line is none.")
     return entries
 
@@ -78,8 +86,9 @@ def resumed(entries: Sequence[Entry]) -> tuple[list[Entry], Resumed]:
     """
     kept, _ = resumable(entries)
     if not any(isinstance(entry, Instruction) and entry.role == "user" for entry in kept):
-        return [], Resumed(dropped=len(entries))
-    return kept, Resumed(dropped=len(entries) - len(kept), turn=kept[-1].turn, seconds=kept[-1].seconds)
+        kept = []
+    mark = Resumed(dropped=len(entries) - len(kept), turn=kept[-1].turn if kept else 0)
+    return kept, mark.model_copy(update={"seconds": entries[-1].seconds, "cost": entries[-1].cost} if entries else {})
 
 
 def _lines(path: Path) -> Iterator[Entry]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Workspace:
     """spent: what fresh looks cost, together. notes: where `note` writes and `recall` and `search` read, None for
     nowhere. speech_model, language: for speech recognition, see agent.transcript. frame_tokens: the most tokens of a
-    pair of frames, None for what the checkpoint says. frames: that were decoded so far.
+    pair of frames, None for what the checkpoint says. frames: that were decoded so far. most_fps, most_frames: of any
+    one look, whatever a tool asks for.
     memo: what a tool has found out, by all that it follows from; runs about one video may share it.
     """
 
@@ -39,6 +40,8 @@ class Workspace:
     language: str | None = None
     frame_tokens: int | None = None
     frames: int = 0
+    most_fps: float | None = None
+    most_frames: int | None = None
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
@@ -51,6 +54,7 @@ class Workspace:
         if not self.video.exists():
             raise MediaError(f"{self.video} is not there any more; put it back, and look again.")
         mode: Mode = "keyframes" if keyframes else "uniform"
+        fps, most = min(fps, self.most_fps or fps), min(most, self.most_frames or most)
         clip = decode(self.video, fps=fps, min_frames=min(2, most), max_frames=most, span=span, mode=mode)
         self.frames += len(clip.timestamps)
         return clip

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.entries import Result
+from agent import prompts
+from agent.calls import written
+from agent.entries import Instruction, Observation, Result
 from agent.trace import read_trace
 from tests.agent.commands import LOOK, OPTIONS, Says, answer, film, says
 from tests.agent.conftest import Run
@@ -70,8 +72,10 @@ def test_a_missing_question_or_too_much_to_resume_is_bad_usage(clip: Path, tmp_p
     for arguments, said in (
         ([clip], "a video and a question are missing, or --resume TRACE"),
         ([], "a video and a question are missing, or --resume TRACE"),
-        ([clip, "--resume", tmp_path / "run.jsonl"], "--resume knows its video and question"),
-        ([clip, "What moves?", "--resume", tmp_path / "run.jsonl"], "--resume knows its video and question"),
+        ([clip, "  "], "the question is empty"),
+        ([clip, "--resume", tmp_path / "run.jsonl"], "--resume knows the run's video, question and options; leave out"),
+        (["--max-turns", "3", "--resume", tmp_path / "run.jsonl"], "question and options; leave out --max-turns"),
+        (["--trace", "t.jsonl", "--resume", tmp_path / "run.jsonl"], "question and options; leave out --trace"),
         ([clip, "What moves?", "--max-turns", "0"], "max-turns"),
     ):
         code, out, err = run("agent", *arguments)
@@ -79,11 +83,33 @@ def test_a_missing_question_or_too_much_to_resume_is_bad_usage(clip: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_trace_that_is_there_is_not_written_over(clip: Path, tmp_path: Path, failure: Fails, says: Says) -> None:
-    model = says(*MESSAGES)
-    (tmp_path / "run.jsonl").write_text("mine")
-    assert "is there already" in failure("agent", clip, "What moves?", *options(tmp_path)[:8])
-    assert (tmp_path / "run.jsonl").read_text() == "mine" and len(model._answers) == 2
+def test_a_trace_or_report_that_cannot_be_written_is_known_before_the_model_is_loaded(
+    clip: Path, tmp_path: Path, failure: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("agent.act.load", never)
+    (tmp_path / "mine.jsonl").write_text("mine")
+    asked = ["agent", clip, "What moves?", *OPTIONS]
+    assert "is there already" in failure(*asked, "--trace", tmp_path / "mine.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+    nowhere = tmp_path / "nowhere"
+    assert "cannot be written" in failure(*asked, "--trace", nowhere / "run.jsonl")
+    assert "cannot be written" in failure(*asked, "--trace", tmp_path / "run.jsonl", "--report", nowhere / "run.html")
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_looks_are_bounded_and_the_model_is_told_more_where_it_was_asked_for(
+    clip: Path, tmp_path: Path, run: Run, says: Says
+) -> None:
+    says(written("look", {"start": 2.0, "end": 6.0, "fps": 4}), answer("blue", "o1"))
+    bounds = ["--fps", "2", "--max-frames", "3", "--system", "Answer in French.", "--trace", tmp_path / "run.jsonl"]
+    assert run("agent", clip, "What moves?", *OPTIONS, *bounds)[0] == 0
+    entries = read_trace(tmp_path / "run.jsonl")
+    (seen,) = (each for each in entries if isinstance(each, Observation))
+    assert len(seen.times) == 3
+    assert isinstance(entries[1], Instruction) and entries[1].text == f"{prompts.SYSTEM}\n\nAnswer in French."
 
 
 _LINES: list[str] = []
@@ -135,5 +161,7 @@ def test_another_video_in_its_place_is_not_gone_on_with(
 
 def test_what_is_no_trace_is_not_gone_on_with(tmp_path: Path, failure: Fails) -> None:
     assert "cannot be read" in failure("agent", "--resume", tmp_path / "run.jsonl")
+    (tmp_path / "run.jsonl").touch()
+    assert "is empty, because its run was stopped" in failure("agent", "--resume", tmp_path / "run.jsonl")
     (tmp_path / "run.jsonl").write_text("{}\n")
     assert "line 1: that is no entry of a trace" in failure("agent", "--resume", tmp_path / "run.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,46 @@ def test_ctrl_c_at_the_prompt_does_not_leave_and_ctrl_d_does(
     monkeypatch.setattr(builtins, "input", prompt)
     assert list(questions()) == ["What moves?", "How many?"] and not typed
     assert "leave by Ctrl-D." in capsys.readouterr().out
+
+
+def test_a_talk_without_a_question_has_its_first_line_and_is_not_gone_on_with(
+    tmp_path: Path, run: RunCommand, failure: Callable[..., str], says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says()
+    asked(monkeypatch)
+    trace = tmp_path / "talk.jsonl"
+    assert run("chat", film(tmp_path), *OPTIONS, "--trace", trace)[0] == 0
+    (entry,) = read_trace(trace)
+    assert isinstance(entry, Run) and entry.question == ""
+    assert "has no question yet" in failure("agent", "--resume", trace)
+
+
+def test_a_trace_that_cannot_be_written_is_known_before_the_model_is_loaded(
+    tmp_path: Path, failure: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.act.load", never)
+    (tmp_path / "talk.jsonl").write_text("mine")
+    assert "is there already" in failure("chat", film(tmp_path), *OPTIONS, "--trace", tmp_path / "talk.jsonl")
+    assert (tmp_path / "talk.jsonl").read_text() == "mine"
+
+
+def never(*arguments: object) -> None:
+    raise AssertionError("the model was loaded")
+
+
+def test_a_budget_is_that_of_a_question(
+    tmp_path: Path, run: RunCommand, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(LOOK, answer("blue", "o1"), LOOK, answer("two", "o2"))
+    now = [0.0]
+    monkeypatch.setattr("agent.budget.time.monotonic", lambda: now[0])
+
+    def thinking() -> Iterator[str]:
+        for question in ("What moves?", "How many?"):
+            yield question
+            now[0] += 3_600
+
+    monkeypatch.setattr("agent.chat.questions", thinking)
+    budget = ["--budget-seconds", "60", "--max-turns", "2", "--budget-frames", "4"]
+    code, out, err = run("chat", film(tmp_path), *OPTIONS, *budget)
+    assert code == 0 and "blue" in out and "two" in out and "stopped" not in out, out + err

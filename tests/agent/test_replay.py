@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from agent.entries import Belief, Reasoning, Result, Resumed
 from agent.trace import Trace, read_trace
-from tests.agent.commands import LOOK, OPTIONS, Says, answer, film, says
+from tests.agent.commands import LOOK, OPTIONS, STOPS, Says, answer, film, says
 from tests.agent.conftest import Run
 
 MESSAGES = [LOOK, answer("blue", "o1")]
@@ -43,7 +45,7 @@ def test_a_replay_shows_what_the_run_showed_and_changes_nothing(traced: tuple[Pa
     before = trace.read_bytes()
     code, again, said = run("replay", trace)
     assert (code, said) == (0, "") and trace.read_bytes() == before
-    shown = err[err.index("question: What moves?") :]
+    shown = err[err.index("video: ") :]
     assert again == shown + out
 
 
@@ -135,3 +137,43 @@ def test_what_is_no_trace_or_whose_film_is_gone_is_one_sentence(
     assert "nowhere.jsonl cannot be read" in failure("replay", tmp_path / "nowhere.jsonl")
     trace = changed(path=str(tmp_path / "nowhere.mp4"))
     assert "nowhere.mp4" in failure("replay", trace, "--rerun")
+
+
+@pytest.fixture
+def talk(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, run: Run, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The trace of a talk of three questions; the second was stopped."""
+    trace = tmp_path / "talk.jsonl"
+    if not _TALK:
+        says(*MESSAGES, f"Let me think{STOPS}", answer("two", "o1"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("What moves?\nWho?\nHow many?\n"))
+        code, _, err = run("chat", film(tmp_path_factory.mktemp("talk")), *OPTIONS, "--trace", trace)
+        assert code == 0, err
+        _TALK[:] = [trace.read_text()]
+    trace.write_text(_TALK[0])
+    return trace
+
+
+_TALK: list[str] = []
+
+
+def test_a_talk_is_shown_again_with_its_questions(talk: Path, run: Run) -> None:
+    code, out, _ = run("replay", talk)
+    said = ["video: ", "question: What moves?", "answer: blue", "question: Who?", "question: How many?", "answer: two"]
+    places = [out.index(each) for each in said]
+    assert code == 0 and places == sorted(places)
+
+
+def test_a_talk_is_run_again_question_by_question(talk: Path, run: Run, says: Says) -> None:
+    says(*MESSAGES, answer("two", "o1"))
+    code, out, _ = run("replay", talk, "--rerun")
+    assert code == 0 and out.endswith("The rerun went as the run did.\n"), out
+    says(*MESSAGES, answer("three", "o1"))
+    code, out, _ = run("replay", talk, "--rerun")
+    assert code == 1 and "three" in out.partition("It is:")[2]
+
+
+def test_a_talk_without_a_question_has_no_rerun(talk: Path, failure: Callable[..., str]) -> None:
+    talk.write_text(talk.read_text().partition("\n")[0] + "\n")
+    assert "has no question" in failure("replay", talk, "--rerun")

@@ -30,9 +30,10 @@ from agent.entries import (
     Observation,
     Reasoning,
     Result,
+    Resumed,
     Run,
 )
-from agent.report import MAX_PICTURES, write_report
+from agent.report import MAX_PICTURES, check_writable, write_report
 from ivcore.errors import IvError
 from train.toyworld.compose import make_script
 from train.toyworld.render import frames, write_clip
@@ -107,7 +108,7 @@ def turns() -> list[Entry]:
         Instruction(role="system", text="Use the tools."),
         Reasoning(text="I look at all of it.", prefilled=1200, generated=9),
         Call(id="c1", name="overview", arguments={}),
-        Observation(id="o1", source="overview", span=(0, SECONDS), times=(1.0, 5.0, 9.0, 13.0), tokens=80),
+        Observation(id="o1", source="overview", span=(0, SECONDS), times=(1.0, 5.0, 9.0, 13.0)),
         Feedback(call="c1", observation="o1", text="4 frames."),
         Belief(hypotheses=(Hypothesis(text="a circle", confidence=0.3),), unknown=("its shape",)),
         Call(turn=1, id="c2", name="look", arguments={"start": 90, "end": 95}),
@@ -278,6 +279,7 @@ def saying(text: str) -> list[Entry]:
             options={text: text},
         ),
         Instruction(text=text),
+        Instruction(text=text, question=text),
         Reasoning(text=text),
         Call(id=text, name=text, arguments=arguments),
         Observation(id=text, source=text, span=(1, 2), text=text),
@@ -339,3 +341,55 @@ def test_a_trace_that_does_not_begin_with_its_run_is_refused(tmp_path: Path) -> 
     for entries in ([], turns()):
         with pytest.raises(ValueError, match="begins with its run"):
             write_report(tmp_path / "report.html", entries)
+
+
+def talk() -> list[Entry]:
+    """Three questions: one that is verified, one that was stopped, one that is not found."""
+    return [
+        Instruction(text="Video: a film.\nQuestion: Which shape?", question="Which shape?"),
+        *turns()[1:],
+        result(turns=3, prefilled=1_000, frames=8),
+        Instruction(turn=3, text="Who left?", question="Who left?"),
+        Belief(turn=3, hypotheses=(Hypothesis(text="a square", confidence=0.4),)),
+        Instruction(turn=3, text="When?", question="When?"),
+        Reasoning(turn=3, text="I know.", prefilled=30),
+        Observation(turn=3, id="o3", source="look", span=(12, 14), times=(12.0,)),
+        result(
+            turn=3, answer="Later.", status="unverified", turns=1, prefilled=30, frames=1,
+            evidence=(Evidence(observation="o3", span=(12.0, 14.0), times=(12.0,)),),
+        ),
+    ]  # fmt: skip
+
+
+def test_every_question_of_a_talk_stands_with_its_own_answer_status_and_evidence(tmp_path: Path, film: Path) -> None:
+    page = report(tmp_path, [run_of(film, question=""), *talk()])
+    told = page.text[page.text.index("3 questions") : page.text.index("Timeline")]
+    said = [
+        "3 questions", "Which shape?", "Verified", "A cross.", "[00:04.0-00:05.5]", "[00:09.0-00:13.0]",
+        "Who left?", "Unfinished", "No answer", "at 40%: a square",
+        "When?", "Unverified", "Later.", "[00:12.0-00:14.0]",
+    ]  # fmt: skip
+    places = [told.index(words) for words in said]
+    assert places == sorted(places) and told.count("Verified") == told.count("Unfinished") == 1
+    assert {"evidence-1", "evidence-2", "evidence-3"} <= set(page.ids())
+    assert len(page.ids()) == len(set(page.ids()))
+    links = {str(attributes["href"])[1:] for attributes in page.all("a")}
+    assert {"evidence-1", "evidence-2", "evidence-3"} <= links <= set(page.ids())
+    facts = page.text[page.text.index("The run") :]
+    assert "Turns4" in facts and "Tokens read1,030" in facts and "Frames seen9" in facts
+
+
+def test_a_talk_without_a_question_and_a_run_that_was_gone_on_with_have_a_report(tmp_path: Path, film: Path) -> None:
+    assert "No question was asked" in report(tmp_path, [run_of(film, question="")]).text
+    asked = Instruction(text="Video: a film.\nQuestion: Which shape is it?", question="Which shape is it?")
+    page = report(tmp_path, [run_of(film), asked, *turns()[1:], Resumed(turn=2, dropped=1), result()])
+    assert "3 questions" not in page.text and "Gone on with" in page.text
+    assert page.text.count("Which shape is it?") == 3  # its title, its heading and its turn
+
+
+def test_a_report_that_could_not_be_written_is_known_before(tmp_path: Path) -> None:
+    check_writable(tmp_path / "report.html")
+    (tmp_path / "folder.html").mkdir()
+    for path in (tmp_path / "nowhere/report.html", tmp_path / "folder.html"):
+        with pytest.raises(IvError, match=r"cannot be written; name a file in a folder of yours for the report\.$"):
+            check_writable(path)

@@ -23,6 +23,7 @@ from agent.entries import (
     Observation,
     Reasoning,
     Result,
+    Resumed,
     Run,
 )
 from agent.run_view import lines_of
@@ -54,7 +55,9 @@ def call(name: str = "look", arguments: Any = None) -> Call:
         (Feedback(call="c1", text="One:", quoted="Hello.\nBye."), ["  One:", "  Hello.", "  Bye."]),
         (Feedback(call="c1", observation="o1"), []),
         (Reasoning(text="I look closer.\n\nThere."), ["  I look closer.", "  There."]),
-        (Instruction(text="You are told much."), []),
+        (Instruction(role="system", text="You are told much."), []),
+        (Instruction(text="Video: film.mp4.\nQuestion: Why?", question="Why?"), ["question: Why?"]),
+        (Resumed(dropped=2), ["gone on with"]),
         (Memory(text="She left.", of=("o1", "o2")), ["remembered instead of o1, o2:", "  She left."]),
         (Claim(id="k1", text="It is a cross.", evidence=("o1",)), ["claim k1: It is a cross. (o1)"]),
         (
@@ -86,16 +89,17 @@ def test_an_entry_is_told_in_a_few_words(entry: Entry, lines: list[str]) -> None
     assert lines_of(entry) == lines
 
 
-def test_a_run_is_told_by_its_question_and_its_video() -> None:
+def test_a_run_is_told_by_its_video_and_its_model() -> None:
     run = Run(
         path="film.mp4", video="0", duration=600, question="Why?", model="iv3-tiny", backend="torch", dtype="float32"
     )
-    assert lines_of(run) == ["question: Why?", "video: film.mp4 (10:00.0), iv3-tiny on torch in float32"]
+    assert lines_of(run) == ["video: film.mp4 (10:00.0), iv3-tiny on torch in float32"]
 
 
 def entries_saying(text: str) -> list[Entry]:
     return [
         Run(path=text, video=text, duration=9, question=text, model=text, backend=text, dtype=text),
+        Instruction(text=text, question=text),
         Observation(id=text, source=text, span=(0, 1), text=text),
         Reasoning(text=text),
         Call(id=text, name=text, arguments=text),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from agent.session import Session
+from agent.session import ContextFull, Session
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
 from tests.agent.scripted import Scripted
@@ -133,3 +134,42 @@ def test_a_prefill_that_is_stopped_leaves_nothing_in_the_cache(
     monkeypatch.setattr(session.model, "prefill", real)
     session.read([SYSTEM, QUESTION])
     np.testing.assert_allclose(told(session), fresh_logits(session, [SYSTEM, QUESTION]), rtol=0, atol=2e-4)
+
+
+def test_an_answer_in_other_tokens_than_its_text_is_read_in_is_kept_as_it_is_read(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.read([SYSTEM, QUESTION])
+    tokens: list[int] = []
+    continue_from = session.model.continue_from
+
+    def noted(*arguments: Any, **options: Any) -> Iterator[int]:
+        for token_id in continue_from(*arguments, **options):
+            tokens.append(token_id)
+            yield token_id
+
+    monkeypatch.setattr(session.model, "continue_from", noted)
+    said = "".join(session.answer(24))
+    # Random weights write what no tokenizer would cut that way, and half characters.
+    assert session.tokenizer.encode(said) != tokens and session.messages[-1]["content"] == said
+    session.read(later(1))
+    whole = build_inputs(session.tokenizer, session.messages)
+    assert session.length == len(whole.token_ids)
+    np.testing.assert_allclose(told(session), fresh_logits(session, session.messages), rtol=0, atol=2e-4)
+
+
+def test_what_does_not_fit_into_the_context_is_not_read(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.read([SYSTEM, QUESTION])
+    "".join(session.answer(4))
+    messages, length, spent = list(session.messages), session.length, session.spent.prefilled
+    text = session.model.config.text.model_copy(update={"max_position_embeddings": length + 60})
+    monkeypatch.setattr(session.model, "config", session.model.config.model_copy(update={"text_config": text}))
+    too_much = [{"role": "user", "content": "Who was it? " * 20}]
+    with pytest.raises(ContextFull, match=rf"but the model's context holds {length + 60:,}; look at less\.$"):
+        session.read(too_much)
+    assert (session.messages, session.length, session.spent.prefilled) == (messages, length, spent)
+    with pytest.raises(ContextFull):
+        session.rewrite([*messages, *too_much])
+    assert (session.messages, session.length, session.spent.prefilled) == (messages, length, spent)
+    session.read([{"role": "user", "content": "Who?"}])
+    np.testing.assert_allclose(told(session), fresh_logits(session, session.messages), rtol=0, atol=2e-4)

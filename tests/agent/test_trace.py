@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-import random
-import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.calls import written
-from agent.entries import Belief, Call, Entry, Feedback, Instruction, Observation, Reasoning, Result, Resumed, Run
-from agent.loop import MESSAGE_TOKENS, Loop
+from agent.entries import (
+    Belief,
+    Call,
+    Cost,
+    Entry,
+    Feedback,
+    Instruction,
+    Observation,
+    Reasoning,
+    Result,
+    Resumed,
+    Run,
+)
 from agent.trace import Trace, TraceError, read_trace, resumed
-from agent.workspace import Workspace
-from ivcore.backend import load
-from ivcore.tokenizer import Tokenizer
-from tests.agent.scripted import Scripted
-from train.toyworld.compose import make_script
-from train.toyworld.render import write_clip
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "tests/data/reference/iv3-micro"
 OPTIONS: dict[str, object] = {"model": "micro", "sampling": {}, "budget": {}, "tools": None}
 RUN = Run(
     path="film.mp4", video="0" * 64, duration=16.0, question="What moves?", model="micro", backend="torch",
@@ -86,9 +86,25 @@ def test_a_trace_that_is_cut_anywhere_is_the_whole_lines_before_and_can_be_gone_
 
 
 def test_a_trace_whose_first_line_was_cut_is_none(tmp_path: Path) -> None:
-    for content in ("", RUN.model_dump_json(), f"{ENTRIES[1].model_dump_json()}\n"):
+    for content, said in (
+        ("", "is empty, because its run was stopped before its first line"),
+        (RUN.model_dump_json(), "is empty, because its run was stopped before its first line"),
+        (f"{ENTRIES[1].model_dump_json()}\n", "is no trace of a run"),
+    ):
         (tmp_path / "run.jsonl").write_text(content)
-        assert "is no trace of a run" in sentence(tmp_path / "run.jsonl")
+        assert said in sentence(tmp_path / "run.jsonl")
+
+
+def test_a_trace_to_which_nothing_was_written_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    with suppress(KeyboardInterrupt), Trace(path):
+        assert path.exists()  # nobody else takes the name meanwhile
+        raise KeyboardInterrupt
+    assert not path.exists()
+    write(path, ENTRIES)
+    with Trace(path, resume=True):
+        pass
+    assert read_trace(path) == ENTRIES
 
 
 @pytest.mark.parametrize(
@@ -146,78 +162,22 @@ def test_a_run_goes_on_behind_what_came_to_its_end() -> None:
         assert entries == ENTRIES[1 : 1 + count] and mark.dropped == kept - count
 
 
-def test_what_a_resumed_run_dropped_is_void(tmp_path: Path) -> None:
+def test_what_a_resumed_run_dropped_is_void_but_was_spent(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    write(path, ENTRIES[:7])
-    for _ in range(2):  # stopped twice at the same place
+    cost = Cost(prefilled=70, visual=60, generated=5, frames=4)
+    write(path, [*ENTRIES[:6], ENTRIES[6].model_copy(update={"seconds": 9.0, "cost": cost})])
+    for dropped in (2, 3, 1):  # stopped twice behind an observation, and once before anything came of it
         kept, mark = resumed(read_trace(path)[1:])
+        assert [RUN, *kept] == ENTRIES[:5]
+        assert (mark.dropped, mark.seconds, mark.cost, mark.turn) == (dropped, 9.0, cost, 1)
         with Trace(path, resume=True) as trace:
-            for entry in (mark, *ENTRIES[5:7]):
-                trace.append(entry)
-        assert mark.dropped == 2 and [RUN, *kept] == ENTRIES[:5] and read_trace(path) == ENTRIES[:7]
+            trace.append(mark)
+            for entry in ENTRIES[5:7] if dropped == 2 else ():
+                trace.append(entry.model_copy(update={"seconds": mark.seconds, "cost": mark.cost}))
+    assert [entry for entry in read_trace(path) if not isinstance(entry, Resumed)] == ENTRIES[:5]
 
 
-SAYS = [
-    written("look", {"start": 2.0, "end": 3.0}),
-    written("transcript", {}),
-    written("answer", {"text": "blue", "claims": [{"text": "It is blue.", "evidence": ["o1", "o2"]}]}),
-]
-
-CHILD = """
-import sys
-from agent.act import follow
-from tests.agent.test_trace import RUN, looping
-
-def marked(entries):
-    yield RUN
-    for entry in entries:
-        yield entry
-        print(entry.kind, flush=True)  # asked for the next one: this one has been shown
-
-follow(marked(looping(sys.argv[1], []).ask(RUN.question)), [], trace=sys.argv[2])
-"""
-
-
-def looping(clip: str, entries: list[Entry]) -> Loop:
-    """A loop that says what is still to be said of SAYS."""
-    tokenizer = Tokenizer.from_dir(FOLDER)
-    said = sum(isinstance(entry, Reasoning) for entry in entries)
-    model: Any = Scripted(load(FOLDER, "torch", "float32"), tokenizer, SAYS[said:], least=MESSAGE_TOKENS)
-    return Loop(Workspace(Path(clip), model, tokenizer), entries=entries)
-
-
-def test_a_run_that_is_killed_at_any_entry_ends_as_the_whole_one_does(tmp_path: Path) -> None:
-    clip = tmp_path / "clip.mp4"
-    write_clip(clip, make_script(1, "said", 16.0))
-    whole = list(looping(str(clip), []).ask(RUN.question))
-    ended = whole[-1]
-    assert isinstance(ended, Result) and ended.answer == "blue"
-    rng = random.Random(6)
-    for number in range(2):
-        path = tmp_path / f"{number}.jsonl"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", CHILD, str(clip), str(path)]
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        assert child.stdout is not None
-        stop = rng.randint(2, len(whole) - 2)
-        shown = [child.stdout.readline().strip() for _ in range(stop)]
-        child.kill()
-        shown += child.stdout.read().split()
-        child.stdout.close()
-        assert child.wait() != 0
-        there = read_trace(path)
-        assert [entry.kind for entry in there[1:]][: len(shown)] == shown and len(shown) >= stop
-        assert [entry.kind for entry in there[1:]] == [entry.kind for entry in whole][: len(there) - 1]
-        kept, mark = resumed(there[1:])
-        with Trace(path, resume=True) as trace:
-            for entry in (mark, *looping(str(clip), kept).go_on()):
-                trace.append(entry)
-        again = read_trace(path)
-        result = again[-1]
-        assert isinstance(result, Result) and (result.answer, result.status) == (ended.answer, ended.status)
-        assert result.evidence == ended.evidence and result.turns == ended.turns
-        for kind in (Observation, Call):
-            of_whole = [each.model_dump(exclude={"seconds"}) for each in whole if isinstance(each, kind)]
-            assert [each.model_dump(exclude={"seconds"}) for each in again if isinstance(each, kind)] == of_whole
+def test_a_run_that_was_stopped_before_its_question_has_spent_what_it_has() -> None:
+    kept, mark = resumed([ENTRIES[1].model_copy(update={"seconds": 2.0})])
+    assert (kept, mark) == ([], Resumed(dropped=1, seconds=2.0))
+    assert resumed([]) == ([], Resumed(dropped=0))
