@@ -1,9 +1,10 @@
-"""Conversations about clips and transcripts: every answer follows from what is shown or said there, read anew."""
+"""Talks, descriptions and transcripts: every answer follows from what is shown or said there, read anew."""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 
 from train.row import parse_row
 from train.toyworld.compose import KINDS, make_script
-from train.toyworld.dataset import LONG_SHARES, write_dataset
-from train.toyworld.script import LONG_SECONDS, seeds
-from train.toyworld.talks import MOST_OF_A_KIND, talk, write_talks
+from train.toyworld.dataset import LONG_SHARES, write_about, write_dataset
+from train.toyworld.descriptions import description
+from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, seeds
+from train.toyworld.talks import MOST_OF_A_KIND, talk
 from train.toyworld.texts import MOST_LINES, conversation, write_texts
-from train.toyworld.words import COLOURS, FACTS, SHAPES
+from train.toyworld.words import COLOURS, DIRECTIONS, FACTS, SHAPES
 
 
 def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -49,16 +51,56 @@ def test_later_answers_of_a_talk_are_about_the_only_figure_that_the_question_nam
             truths = {figure.name.shape}
         assert answer in truths
         assert (" to " in answer) == question.startswith(("When", "From", "At"))
+        assert answer != figure.direction or whole(figure.span)
 
 
 def test_a_talk_is_about_the_clip_that_the_data_set_has(tmp_path: Path) -> None:
-    rows = write_dataset(tmp_path, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
-    talks = write_talks(tmp_path, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
-    for single, several in zip(
-        *(map(json.loads, file.read_text().splitlines()) for file in (rows, talks)), strict=True
-    ):
-        assert several["messages"][:2] == single["messages"] and several["seed"] == single["seed"]
-        assert parse_row(several, tmp_path, "sft").media == parse_row(single, tmp_path, "sft").media
+    files = [write_dataset(tmp_path, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)]
+    for name, make in {"talks": talk, "descriptions": description}.items():
+        files.append(tmp_path / f"{name}.jsonl")
+        write_about(files[-1], make, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    for single, several, described in zip(*rows, strict=True):
+        assert several["messages"][:2] == single["messages"]
+        assert several["seed"] == single["seed"] == described["seed"]
+        media = [parse_row(row, tmp_path, "sft").media for row in (single, several, described)]
+        assert media == [media[0]] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 100_000), kind=st.sampled_from(KINDS), duration=st.sampled_from([SHORT_SECONDS, LONG_SECONDS])
+)
+def test_a_description_says_of_every_figure_what_is_so(seed: int, kind: str, duration: float) -> None:
+    if kind == "rare" and duration == SHORT_SECONDS:
+        return
+    script = make_script(seed, kind, duration)
+    row = description(script)
+    way = row["kind"].removeprefix("description by ")
+    ((request, answer),) = turns(row)
+    assert way in request
+    firsts, said = [], []
+    for part in answer.split("; "):
+        words = [word for word in re.findall(r"[a-z]+", part) if word != "to"]
+        span = tuple(float(edge) for edge in re.findall(r"[\d.]+", part))
+        found = [next((word for word in words if word in names), None) for names in (COLOURS, SHAPES, DIRECTIONS)]
+        said.append((*found, span))
+        assert len(words) == sum(word is not None for word in found) and len(span) == 2
+        firsts.append(words[0])
+    shown = [(*figure.name, figure.direction if whole(figure.span) else None, figure.span) for figure in script.figures]
+    if way == "time":
+        assert said == shown
+        return
+    assert sorted(map(str, said)) == sorted(map(str, shown))
+    assert set(firsts) <= set(COLOURS if way == "colour" else SHAPES)
+    for first, group in groupby(zip(firsts, said, strict=True), lambda each: each[0]):
+        spans = [each[1][3] for each in group]
+        assert spans == sorted(spans) and len(spans) == firsts.count(first)
+
+
+def whole(span: tuple[float, float]) -> bool:
+    """Whether a figure is in both frames of a pair wherever the pair's half-second begins."""
+    return round(10 * (span[1] - span[0])) >= 18
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,6 +111,10 @@ def test_what_a_transcript_is_asked_stands_in_exactly_one_of_its_lines(seed: int
     spans = [tuple(map(float, re.findall(r"[0-9]+\.[0-9]", line)[:2])) for line in lines]
     assert 2 <= len(lines) <= MOST_LINES and all(a < b for a, b in spans) and spans == sorted(spans)
     found = turns(row)
+    if found[0][0].startswith("Repeat"):
+        ((_, again),) = found
+        assert sorted(re.findall(r"The [^.]*\.", again)) == sorted(line.partition(": ")[2] for line in lines)
+        return
     assert len(found) == len(lines)
     for question, answer in found:
         name = next(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES if f"{colour} {shape}" in question)

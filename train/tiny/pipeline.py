@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from ivcore.errors import IvError, TrainingError
 from ivcore.files import write_beside
 from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
-from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_dataset
-from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION
-from train.toyworld.talks import write_talks
+from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
+from train.toyworld.descriptions import description
+from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION, Script
+from train.toyworld.talks import talk
 from train.toyworld.texts import write_texts
 
 TINY, PROVENANCE = "iv3-tiny", "provenance.json"
@@ -62,15 +63,15 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 SETS = {
-    "sft-short": ("short-talks", "texts"),
-    "sft-long": ("short-talks", "texts", "long-talks", "long"),
+    "sft-short": ("short-descriptions", "short-talks", "texts"),
+    "sft-long": ("short-descriptions", "short-talks", "texts", "long-descriptions", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }
 """What each stage's rows are from."""
 
-FILES = {"short-talks": "short/talks.jsonl", "long-talks": "long/talks.jsonl"}
-"""Of sets that are about the clips of another."""
+MADE: Mapping[str, Callable[[Script], dict[str, Any]]] = {"talks": talk, "descriptions": description}
+"""What else is made of the scripts behind `short` and `long`: sets about the same clips."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,9 @@ def write_data(data: Path) -> None:
     for name, (clips, shares), duration in (
         ("short", CLIPS["short"], SHORT_SECONDS), ("long", LONG_CLIPS["long"], LONG_SECONDS),
     ):  # fmt: skip
-        if not (data / name / "talks.jsonl").exists():
-            write_talks(data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=duration)
+        for kind, make in MADE.items():
+            if not (file := data / name / f"{kind}.jsonl").exists():
+                write_about(file, make, "train", TRAIN_CLIPS, clips, shares=shares, duration=duration)
     if not (data / "texts/train.jsonl").exists():
         write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
     for name, (clips, shares, duration) in HELDOUT.items():
@@ -157,11 +159,16 @@ def write_data(data: Path) -> None:
                 shares=shares, duration=duration, all_kinds=True, workers=workers,
             )  # fmt: skip
     for stage, names in SETS.items():
-        files = {name: (data / FILES.get(name, f"{name}/train.jsonl")).resolve() for name in names}
+        files = {name: _file(data, name).resolve() for name in names}
         meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
         file, content = data / f"{stage}.json", json.dumps(meta)
         if not file.exists() or file.read_text(encoding="utf-8") != content:
             write_beside(file, content.encode())
+
+
+def _file(data: Path, name: str) -> Path:
+    clips, _, kind = name.partition("-")
+    return data / clips / f"{kind}.jsonl" if kind in MADE else data / name / "train.jsonl"
 
 
 def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ivcore.files import write_beside
 from train.toyworld.compose import KINDS, make_script
 from train.toyworld.questions import Question, ask, kinds_of
 from train.toyworld.render import write_clip
@@ -69,6 +70,15 @@ def write_dataset(
     partial_file.write_text("".join(rows), encoding="utf-8")
     os.replace(partial_file, file)
     return file
+
+
+def write_about(
+    file: Path, make: Callable[[Script], dict[str, Any]], split: Split, first: int, count: int, *,
+    shares: Mapping[str, float], duration: float,
+) -> None:  # fmt: skip
+    """Write the rows that `make` makes of the scripts behind a data set, one a clip; beside its JSONL."""
+    rows = (make(make_script(seed, kind_of(seed, shares), duration)) for seed in seeds(split, first, count))
+    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def kind_of(seed: int, shares: Mapping[str, float]) -> str:

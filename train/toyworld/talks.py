@@ -6,34 +6,19 @@ Where several figures come, they make the model look for the one that is meant.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from ivcore.files import write_beside
-from train.toyworld.compose import make_script
-from train.toyworld.dataset import clip_name, kind_of, row
+from train.toyworld.dataset import clip_name, row
 from train.toyworld.questions import Question, about, ask
-from train.toyworld.script import Figure, Script, Split, random_of, seeds
+from train.toyworld.script import ROUNDING, Figure, Script, random_of
 
 MOST_OF_A_KIND = 2
 """Further questions of each kind. The answer to when has four times the tokens of others and would outweigh them."""
 
-SHORTEST = 1.2
-"""Seconds that a figure has to be there for a question about where it goes."""
-
-
-def write_talks(
-    folder: str | Path, split: Split, first: int, count: int, *, shares: Mapping[str, float], duration: float
-) -> Path:
-    """Write `folder`/talks.jsonl, a row for each clip that `write_dataset` has written there with these arguments."""
-    folder = Path(folder)
-    rows = (talk(make_script(seed, kind_of(seed, shares), duration)) for seed in seeds(split, first, count))
-    file = folder / "talks.jsonl"
-    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-    return file
+WHOLE = 1.8
+"""Seconds, at two frames a second, after which a figure has been there in both frames of a pair."""
 
 
 def talk(script: Script) -> dict[str, Any]:
@@ -46,6 +31,11 @@ def talk(script: Script) -> dict[str, Any]:
     return {"messages": messages, "kind": script.kind, "duration": script.duration, "seed": script.seed}
 
 
+def shows_direction(figure: Figure) -> bool:
+    """Whether the figure is there long enough for one to see where it goes."""
+    return figure.span[1] - figure.span[0] > WHOLE - ROUNDING
+
+
 def _others(script: Script) -> Iterator[Question]:
     """Questions about figures whose name, colour or shape is there once, in an order of chance."""
     rng = random_of(script.seed, 6)
@@ -56,7 +46,7 @@ def _others(script: Script) -> Iterator[Question]:
     for figure in script.figures:
         alone = names[figure.name] == 1
         asked += [("when", figure)] if alone else []
-        asked += [("direction", figure)] if alone and figure.span[1] - figure.span[0] >= SHORTEST else []
+        asked += [("direction", figure)] if alone and shows_direction(figure) else []
         asked += [("shape", figure)] if colours[figure.name.colour] == 1 else []
         asked += [("colour", figure)] if shapes[figure.name.shape] == 1 else []
     own, kinds = ask(script).text, Counter[str]()

@@ -1,7 +1,8 @@
 """Conversations about transcripts alone: reading is learned from many short rows, which cost no frames.
 
 A clip's few lines can be guessed from well enough for a small model never to learn to look the right one up. Here there
-are up to eight, mostly of one fact, and all of them are asked about.
+are up to eight, mostly of one fact, and all of them are asked about. Or they are to be repeated in another order: there
+the end of a sentence follows from its beginning and the lines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ MOST_LINES = 8
 ONE_FACT = 0.75
 """The share of transcripts whose lines are all of one fact."""
 
+REPEATED = 0.5
+"""The share of transcripts that are to be repeated."""
+
+_REPEAT = "Repeat what is said, in any order."
+
 
 def write_texts(folder: str | Path, split: Split, first: int, count: int) -> Path:
     """Write a row for each of the seeds number first..first+count of a split; returns the JSONL."""
@@ -32,16 +38,17 @@ def write_texts(folder: str | Path, split: Split, first: int, count: int) -> Pat
 
 
 def conversation(seed: int) -> dict[str, Any]:
-    """The JSONL's object of a seed: a transcript, then a question and an answer for each of its lines."""
+    """The JSONL's object of a seed: a transcript, then a question and an answer for each of its lines, or all again."""
     rng = random_of(seed, 4)
     lines = _lines(rng, int(rng.integers(2, MOST_LINES + 1)))
+    mixed = [lines[index] for index in rng.permutation(len(lines))]
+    turns = [(pick(rng, FACTS[line.fact].questions).format(name=line.name), line.value) for line in mixed]
+    if rng.random() < REPEATED:
+        turns = [(_REPEAT, " ".join(line.text for line in mixed))]
     messages: list[dict[str, str]] = []
-    for index in rng.permutation(len(lines)):
-        line = lines[index]
-        question = pick(rng, FACTS[line.fact].questions).format(name=line.name)
+    for asked, answer in turns:
         quoted = "" if messages else f"Subtitles:\n{transcript(lines)}\n\n"
-        messages.append({"role": "user", "content": quoted + question})
-        messages.append({"role": "assistant", "content": line.value})
+        messages += [{"role": "user", "content": quoted + asked}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kind": "said", "seed": seed}
 
 
