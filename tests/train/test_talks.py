@@ -60,7 +60,7 @@ def test_a_talk_is_about_the_clip_that_the_data_set_has(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.jsonl")
         write_about(files[-1], make, "train", 7, 4, shares=LONG_SHARES, duration=LONG_SECONDS)
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    for single, several, described in zip(*rows, strict=True):
+    for single, several, described in zip(*rows, strict=True):  # long clips all have several figures
         assert several["messages"][:2] == single["messages"]
         assert several["seed"] == single["seed"] == described["seed"]
         media = [parse_row(row, tmp_path, "sft").media for row in (single, several, described)]
@@ -76,6 +76,9 @@ def test_a_description_says_of_every_figure_what_is_so(seed: int, kind: str, dur
         return
     script = make_script(seed, kind, duration)
     row = description(script)
+    assert (row is None) == (len(script.figures) == 1)
+    if row is None:
+        return
     way = row["kind"].removeprefix("description by ")
     ((request, answer),) = turns(row)
     assert way in request

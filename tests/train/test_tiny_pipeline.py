@@ -72,16 +72,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     """Function that makes all of it, with the least of everything."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     monkeypatch.setattr("agent.convert_attention.SAMPLES", 4)
-    for name, value in {"SEEDS": (0,), "LAYOUTS": ("norm",), "RATIOS": (2,), "TEXTS": 3}.items():
+    for name, value in {"SEEDS": (0,), "LAYOUTS": ("norm",), "RATIOS": (2,), "TEXTS": 3, "TRAIN_CLIPS": 6}.items():
         monkeypatch.setattr(pipeline, name, value)
     for name in ("CLIPS", "LONG_CLIPS"):
         sets = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, {key: (3, shares) for key, (_, shares) in sets.items()})
+        monkeypatch.setattr(pipeline, name, {key: (6, shares) for key, (_, shares) in sets.items()})
     heldout = {name: (1, *rest) for name, (_, *rest) in pipeline.HELDOUT.items()}
     monkeypatch.setattr(pipeline, "HELDOUT", heldout)
     base = tmp_path / "base"
     write_start(base / "model")
-    write_dataset(base / "data", "train", 0, 3)
+    write_dataset(base / "data", "train", 0, 6)
     write_dataset(base / "data", "heldout", HELDOUT_CLIPS, 1)
     overrides = ["steps=1", "batch=2", "data.max_tokens=600", "data.cache_gib=0.0"]
 

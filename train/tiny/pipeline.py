@@ -63,15 +63,15 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 SETS = {
-    "sft-short": ("short-descriptions", "short-talks", "texts"),
+    "sft-short": ("base-descriptions", "base-talks", "short-descriptions", "short-talks", "texts"),
     "sft-long": ("short-descriptions", "short-talks", "texts", "long-descriptions", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }
 """What each stage's rows are from."""
 
-MADE: Mapping[str, Callable[[Script], dict[str, Any]]] = {"talks": talk, "descriptions": description}
-"""What else is made of the scripts behind `short` and `long`: sets about the same clips."""
+MADE: Mapping[str, Callable[[Script], dict[str, Any] | None]] = {"talks": talk, "descriptions": description}
+"""What else is made of the scripts behind other sets, about the same clips."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main() -> None:
 
 def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...] = ("",)) -> None:
     """Write the data and run the steps; overrides: of the recipes' values."""
-    write_data(out / "data")
+    write_data(base / "data", out / "data")
     log = out / "steps.jsonl"
     done = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
     for step in steps(base, out, overrides):
@@ -133,8 +133,8 @@ def _begun(step: Step) -> bool:
     return step.made.exists() or step.made.with_name(f"{step.made.name}.part").exists()
 
 
-def write_data(data: Path) -> None:
-    """The rows and clips of all stages, and a file for each that names its sets."""
+def write_data(base: Path, data: Path) -> None:
+    """The rows and clips of all stages, and a file for each that names its sets; base: the folder of the base's."""
     workers = os.cpu_count() or 1
     for name, (clips, shares) in CLIPS.items():
         if not (data / name / "train.jsonl").exists():
@@ -144,12 +144,14 @@ def write_data(data: Path) -> None:
             write_dataset(
                 data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
             )
-    for name, (clips, shares), duration in (
-        ("short", CLIPS["short"], SHORT_SECONDS), ("long", LONG_CLIPS["long"], LONG_SECONDS),
-    ):  # fmt: skip
+    for folder, first, (clips, shares), duration in (
+        (base, 0, (TRAIN_CLIPS, BASE_SHARES), SHORT_SECONDS),
+        (data / "short", TRAIN_CLIPS, CLIPS["short"], SHORT_SECONDS),
+        (data / "long", TRAIN_CLIPS, LONG_CLIPS["long"], LONG_SECONDS),
+    ):
         for kind, make in MADE.items():
-            if not (file := data / name / f"{kind}.jsonl").exists():
-                write_about(file, make, "train", TRAIN_CLIPS, clips, shares=shares, duration=duration)
+            if not (file := folder / f"{kind}.jsonl").exists():
+                write_about(file, make, "train", first, clips, shares=shares, duration=duration)
     if not (data / "texts/train.jsonl").exists():
         write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
     for name, (clips, shares, duration) in HELDOUT.items():
@@ -159,16 +161,18 @@ def write_data(data: Path) -> None:
                 shares=shares, duration=duration, all_kinds=True, workers=workers,
             )  # fmt: skip
     for stage, names in SETS.items():
-        files = {name: _file(data, name).resolve() for name in names}
+        files = {name: _file(base, data, name).resolve() for name in names}
         meta = {name: {"annotation": str(file), "media_root": str(file.parent)} for name, file in files.items()}
         file, content = data / f"{stage}.json", json.dumps(meta)
         if not file.exists() or file.read_text(encoding="utf-8") != content:
             write_beside(file, content.encode())
 
 
-def _file(data: Path, name: str) -> Path:
+def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
-    return data / clips / f"{kind}.jsonl" if kind in MADE else data / name / "train.jsonl"
+    if kind not in MADE:
+        return data / name / "train.jsonl"
+    return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
 
 
 def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:

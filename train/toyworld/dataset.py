@@ -73,12 +73,12 @@ def write_dataset(
 
 
 def write_about(
-    file: Path, make: Callable[[Script], dict[str, Any]], split: Split, first: int, count: int, *,
+    file: Path, make: Callable[[Script], dict[str, Any] | None], split: Split, first: int, count: int, *,
     shares: Mapping[str, float], duration: float,
 ) -> None:  # fmt: skip
-    """Write the rows that `make` makes of the scripts behind a data set, one a clip; beside its JSONL."""
+    """Write the rows that `make` makes of the scripts behind a data set, at most one a clip; beside its JSONL."""
     rows = (make(make_script(seed, kind_of(seed, shares), duration)) for seed in seeds(split, first, count))
-    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows if row is not None).encode())
 
 
 def kind_of(seed: int, shares: Mapping[str, float]) -> str:
