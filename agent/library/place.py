@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 from agent.library.errors import LibraryError, speaking_of
 
 TABLE_ENDING = ".lance"
+SETTING_ASIDE = 1.0
+"""Seconds that a folder may be gone for while it is set aside, which is far longer than it takes."""
 
 
 class Place:
@@ -95,14 +97,23 @@ class Place:
         assert self.folder is not None
         return sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
 
+    def _opened(self) -> int:
+        assert self.folder is not None
+        last = time.monotonic() + SETTING_ASIDE
+        while True:
+            try:
+                return os.open(self.folder, os.O_RDONLY)
+            except OSError as error:
+                # Another process may just be between renaming the folder and making the new one.
+                if not isinstance(error, FileNotFoundError) or time.monotonic() > last:
+                    raise LibraryError(f"{self.name} cannot be opened ({error.strerror}); was it moved?") from None
+                time.sleep(SETTING_ASIDE / 100)
+
     def _lock(self) -> int | None:
         if self.folder is None:
             return None
         while True:
-            try:
-                descriptor = os.open(self.folder, os.O_RDONLY)
-            except OSError as error:
-                raise LibraryError(f"{self.name} cannot be opened ({error.strerror}); was it moved?") from None
+            descriptor = self._opened()
             try:
                 # A file system without locks, as some over a network, leaves it to LanceDB's commits.
                 with suppress(OSError):

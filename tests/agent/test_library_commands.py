@@ -171,7 +171,9 @@ def test_a_damaged_library_is_said_so_and_begun_anew_only_when_asked(run: Run, l
     assert run("library", "verify")[0] == 0 and json.loads(run("library", "list", "--json")[1]) == []
 
 
-@pytest.mark.parametrize("command", [("search", "the"), ("library", "list"), ("library", "verify"), ("index", "x.mp4")])
+@pytest.mark.parametrize(
+    "command", [("search", "the"), ("library", "list"), ("library", "verify"), ("index", "x.mp4", "-m", "DIR")]
+)
 def test_a_folder_that_lancedb_cannot_read_is_one_sentence_that_names_the_way_out(
     failure: Failure, library: Path, command: tuple[str, ...]
 ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.library import Collection, Entry, Library, rebuild
+from agent.library import Collection, Entry, Library, LibraryError, rebuild
 
 ROOT = Path(__file__).resolve().parents[2]
 VIDEOS, LINES = 3, 12
@@ -182,6 +182,29 @@ def test_a_process_that_waits_as_the_library_is_rebuilt_writes_to_the_new_one(
         assert Library(folder).verify() == []
     held = [each.video for folder in (kept, at) for each in Library(folder).videos() if each.passages]
     assert sorted(held) == [video(0), video(1)]
+
+
+def test_a_writer_waits_for_a_folder_that_is_just_being_set_aside_and_not_for_one_that_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between renaming the old folder and making the new one there is none."""
+    at = tmp_path / "library"
+    held = Library(at, create=True).collection("model", embed)
+    at.rename(tmp_path / "library.old")
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            at.mkdir()
+
+    monkeypatch.setattr("agent.library.place.time.sleep", nap)
+    put(held, 0, "ann", LINES)
+    assert len(naps) == 3 and Library(at).verify() == []
+    at.rename(tmp_path / "moved")
+    monkeypatch.setattr("agent.library.place.SETTING_ASIDE", 0.0)
+    with pytest.raises(LibraryError, match=r"cannot be opened .* was it moved\?"):
+        put(held, 1, "ann", LINES)
 
 
 if __name__ == "__main__":
