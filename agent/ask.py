@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 from agent.phases import Phases
+from agent.printable import printable
 from agent.units import human_bytes
 from ivcore.allocator import peak_resident_bytes
 from ivcore.backend import Model, choose, load
@@ -75,20 +75,12 @@ def run(request: Request, *, as_json: bool = False) -> None:
         answer = Answer(model, tokenizer, inputs, request, phases)
         for piece in answer:
             if not as_json:
-                print(_printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     if as_json:
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
     else:
         print(flush=True)
         phases.say(answer.summary())
-
-
-def _printable(text: str) -> str:
-    """Text without control characters: a model could write an escape sequence that its video showed it.
-
-    Joiners and marks of direction stay; emoji, Persian and Hindi are written with them.
-    """
-    return "".join(character for character in text if category(character) != "Cc" or character in "\n\t")
 
 
 class Answer:

@@ -22,5 +22,5 @@ def content_hash(path: str | Path) -> str:
     except (OSError, ValueError) as error:
         raise MediaError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from None
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise MediaError(f"{path} is being written by something else; index it when it is whole.")
+        raise MediaError(f"{path} is being written by something else; try again when it is whole.")
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.workspace import video_part
 from ivcore.backend import Model
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
@@ -69,4 +70,4 @@ class Embedder:
 
 def clip_part(frames: np.ndarray, times: Sequence[float]) -> dict[str, Any]:
     """The part of a message that shows frames; times count from the first one, so a clip is the same wherever it is."""
-    return {"type": "video", "video": frames, "times": [time - times[0] for time in times]}
+    return video_part(frames, [time - times[0] for time in times])

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-Span = tuple[float, float]
-"""Seconds, start before end."""
+from agent.spans import Span
 
 Verdict = Literal["support", "contradict", "unclear"]
 Status = Literal["verified", "unverified", "not found"]

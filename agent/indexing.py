@@ -27,8 +27,8 @@ from agent.index_journal import IndexJournal, JournalBusyError
 from agent.library import Collection, Entry, Library
 from agent.library.place import Place
 from agent.prompts import CAPTION
-from agent.scene_grouping import Span
 from agent.scenes import scenes
+from agent.spans import Span
 from agent.transcript.cues import plain
 from agent.transcript.transcript import transcript
 from ivcore.backend import Model

@@ -24,7 +24,6 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
-from agent.ask import _printable
 from agent.clock import clock, span_text
 from agent.content import content_hash
 from agent.entries import (
@@ -38,6 +37,7 @@ from agent.entries import (
     Result,
     Run,
 )
+from agent.printable import printable
 from agent.run_view import call_text, observation_text
 from agent.thumbnails import thumbnails
 from agent.timeline import timeline
@@ -146,7 +146,7 @@ def _template() -> Template:
 
 def _visible(printed: object) -> object:
     """What is printed on the page, a text without control characters; Markup is a part of the page already."""
-    return _printable(printed) if isinstance(printed, str) and not isinstance(printed, Markup) else printed
+    return printable(printed) if isinstance(printed, str) and not isinstance(printed, Markup) else printed
 
 
 def _value(value: Any) -> str:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from agent.ask import _printable
 from agent.clock import clock, span_text
 from agent.entries import (
     Belief,
@@ -30,6 +29,7 @@ from agent.entries import (
     Resumed,
     Run,
 )
+from agent.printable import printable
 
 MAX_CHARACTERS = 2000
 """Of a text; of an argument MAX_ARGUMENT."""
@@ -144,7 +144,7 @@ def _cited(evidence: Evidence) -> str:
 
 def _text(text: str, indent: str = "") -> list[str]:
     """The lines of a text that say something, those after the first indented; of a long one the first few."""
-    lines = [line for line in _printable(shortened(text, MAX_CHARACTERS)).splitlines() if line.strip()]
+    lines = [line for line in printable(shortened(text, MAX_CHARACTERS)).splitlines() if line.strip()]
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES], f"… {len(lines) - MAX_LINES} more lines"]
     return [indent + (line if indent or not place else INDENT + line) for place, line in enumerate(lines)]

@@ -19,9 +19,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from agent.spans import Span
 from ivcore.demux import ROUNDING
-
-Span = tuple[float, float]
 
 ALIKE = 0.7
 """Intersection of two shots' histograms, 0 to 1, from which on they are linked; chosen by eye on a few films."""

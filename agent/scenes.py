@@ -17,7 +17,8 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
-from agent.scene_grouping import Colours, Span, group
+from agent.scene_grouping import Colours, group
+from agent.spans import Span
 from ivcore.demux import ROUNDING, PacketIndex, read_index
 from ivcore.errors import BackendError, MediaError
 from ivcore.frames import SeekingReader, read_frames_in_order

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from agent.clock import span_text
-from agent.scene_grouping import Span
+from agent.spans import Span
 from ivcore.errors import MediaError
 from ivcore.video import decode_at
 

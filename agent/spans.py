@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from agent.entries import Span
+Span = tuple[float, float]
+"""Seconds, start before end."""
 
 # Seconds, or a player's clock such as 12:03 or 1:02:03.5; never the end of a longer number or clock.
 _WHOLE = "[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]|[0-9]{1,3}:[0-5][0-9]|[0-9]{1,6}"
@@ -15,12 +16,6 @@ _SPAN = re.compile(rf"{_TIME}\s*(?:s|seconds)?\s*(?:to|-|–|and)\s*{_TIME}")
 def overlap(one: Span, other: Span) -> float:
     """Seconds that two spans share."""
     return max(0.0, min(one[1], other[1]) - max(one[0], other[0]))
-
-
-def iou(one: Span, other: Span) -> float:
-    """Intersection over union, 0 to 1."""
-    shared = overlap(one, other)
-    return shared / ((one[1] - one[0]) + (other[1] - other[0]) - shared) if shared else 0.0
 
 
 def first_span(text: str, within: Span) -> Span | None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from agent.clock import clock, span_text
-from agent.entries import Call, Entry, Evidence, Feedback, Judgement, Observation, Result, Run, Span
+from agent.entries import Call, Entry, Evidence, Feedback, Judgement, Observation, Result, Run
 from agent.run_view import asked_span, call_text, observation_text, shortened
+from agent.spans import Span
 
 LABEL = 7.0
 """The width in percent that a label of two characters needs on a drawing of 290 pixels, a small phone's."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.entries import Span
 from agent.session import Session, Spent
+from agent.spans import Span
 from ivcore.backend import Model
 from ivcore.errors import MediaError
 from ivcore.media import Mode

@@ -22,7 +22,9 @@ from statistics import mean
 from typing import Any
 
 from agent.oracle.dataset import film
+from agent.spans import overlap
 from bench.memory import environment
+from ivcore.files import write_beside
 from train.toyworld.questions import ask as question_of
 from train.toyworld.score import is_right
 from train.toyworld.script import seeds
@@ -64,7 +66,7 @@ def main() -> None:
         list(pool.map(partial(start, given), tasks))
     found = {backend: [kept(given.out, given.model, backend, seed) for seed, _ in films] for backend in backends}
     page = "\n".join(lines(given.model, found)) + "\n"
-    given.page.write_text(page, encoding="utf-8")
+    write_beside(given.page, page.encode())
     print(page)
 
 
@@ -112,16 +114,13 @@ def run(out: Path, model: str, backend: str, seed: int, kind: str) -> None:
         "truth_span": question.span,
         "result": result.model_dump(mode="json"),
         "right": is_right(result.answer, question.answer),
-        "overlaps": span is not None and question.span is not None and _overlap(span, question.span) > 0,
+        "overlaps": span is not None and question.span is not None and overlap(span, question.span) > 0,
         "once": once,
         "once_right": is_right(once, question.answer),
         "once_visual": passed.visual_tokens,
         "seconds": seconds,
     }
-    file = file_of(out, model, backend, seed)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(said), encoding="utf-8")
-    os.replace(part, file)
+    write_beside(file_of(out, model, backend, seed), json.dumps(said).encode())
 
 
 def lines(model: str, found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -177,10 +176,6 @@ def _not_found(each: dict[str, Any]) -> bool:
 
 def _share(values: Sequence[bool]) -> str:
     return f"{100 * mean(values):.0f} %" if values else "-"
-
-
-def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    return min(one[1], other[1]) - max(one[0], other[0])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from agent.answering import Answering
 from agent.budget import Budget
 from agent.entries import Call, Entry, Reasoning, Result
 from agent.loop import Loop
-from agent.spans import iou
 from agent.tools.box import tools
 from agent.tools.tool import schema
 from agent.workspace import Workspace
@@ -26,7 +25,7 @@ from ivcore.errors import IvError
 from ivcore.sampling import Sampling
 from train.environment import Judged, Setting
 from train.order import RowStream
-from train.rewards import choice_reward, parse_span
+from train.rewards import choice_reward, parse_span, temporal_iou
 from train.rollouts import rollout_seed
 from train.row import Row
 from train.samples import Sample
@@ -119,10 +118,10 @@ def parts(row: Row, entries: list[Entry]) -> dict[str, float]:
         right = choice_reward(result.answer, row.choices, row.answer).value
     else:
         span = parse_span(result.answer)
-        right = float(span is not None and row.span is not None and iou(span, row.span) > OVERLAP)
+        right = float(span is not None and row.span is not None and temporal_iou(span, row.span) > OVERLAP)
     if row.span is None:
         return {"right": right, "shown": float(result.status == "not found")}
-    best = max((iou(each.span, row.span) for each in result.evidence), default=0.0)
+    best = max((temporal_iou(each.span, row.span) for each in result.evidence), default=0.0)
     return {"right": right, "shown": float(best > OVERLAP)}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from agent import prompts
-from agent.entries import Span
 from agent.oracle.wording import absent, asked_of, description, false_statement, false_told, statement, told
+from agent.spans import Span
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts

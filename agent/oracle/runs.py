@@ -17,8 +17,9 @@ from agent import prompts
 from agent.answering import Answering
 from agent.calls import parse, written
 from agent.context import Context
-from agent.entries import Call, Feedback, Instruction, Observation, Reasoning, Span
+from agent.entries import Call, Feedback, Instruction, Observation, Reasoning
 from agent.oracle.wording import absent, asked_of, description, statement, told
+from agent.spans import Span
 from agent.tools.look import Look, Overview
 from agent.tools.tool import Shown, call
 from agent.tools.transcribe import Transcript

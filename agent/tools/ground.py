@@ -13,8 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from agent import prompts
-from agent.entries import Span
-from agent.spans import first_span, overlap
+from agent.spans import Span, first_span, overlap
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from agent import prompts
-from agent.entries import Span
 from agent.session import Session
+from agent.spans import Span
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace

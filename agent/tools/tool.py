@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agent.clock import clock
-from agent.entries import Span
+from agent.spans import Span
 from ivcore.errors import IvError
 
 MOST_CHARACTERS = 4_000

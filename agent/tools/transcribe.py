@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from agent.entries import Span
+from agent.spans import Span
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.transcript import transcript as sources
 from agent.workspace import Workspace

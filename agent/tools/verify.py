@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from agent import prompts
-from agent.entries import Span, Verdict
+from agent.entries import Verdict
+from agent.spans import Span
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace

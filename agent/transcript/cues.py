@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Span = tuple[float, float]
+from agent.spans import Span
+
 Source = Literal["stream", "sidecar", "speech"]
 Markup = Literal["srt", "vtt", "ass", "none"]
 

@@ -23,7 +23,8 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.stream import Discard, Disposition
 
-from agent.transcript.cues import Line, Span, Track, plain
+from agent.spans import Span
+from agent.transcript.cues import Line, Track, plain
 from agent.transcript.subtitles import first_seconds
 from ivcore.demux import DAMAGE, PacketIndex, open_video
 from ivcore.errors import BackendError, CheckpointError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from agent.transcript.cues import Line, Source, Span, Track
+from agent.spans import Span
+from agent.transcript.cues import Line, Source, Track
 from agent.transcript.speech import speech_track
 from agent.transcript.subtitles import sidecar_track, stream_track
 from ivcore.demux import PacketIndex, read_index

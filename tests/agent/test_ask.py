@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from agent import cli
-from agent.ask import _printable
+from agent.printable import printable
 from ivcore.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +66,8 @@ def test_both_backends_give_the_same_answer_and_a_pipe_stays_quiet(run: Run, mak
 
 @pytest.mark.parametrize("kept", ["👨\u200d👩\u200d👧", "می\u200cخواهم", "क्\u200dष", "a\tb\nc", "naïve — 你好"])
 def test_a_terminal_gets_no_escape_sequences_but_every_script_whole(kept: str) -> None:
-    assert _printable(kept) == kept
-    assert _printable(f"\x1b[2J{kept}\x07\x9b1m\r") == f"[2J{kept}1m"
+    assert printable(kept) == kept
+    assert printable(f"\x1b[2J{kept}\x07\x9b1m\r") == f"[2J{kept}1m"
 
 
 def test_a_sampled_answer_is_repeatable_by_its_seed(run: Run, make_clip: MakeClip) -> None:

@@ -21,7 +21,6 @@ from agent.oracle.rows import claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
 from agent.oracle.template import terse_template
 from agent.oracle.wording import absent, moved
-from agent.spans import iou
 from agent.tools.box import tools
 from agent.tools.ground import Ground
 from agent.tools.tool import checked, schema
@@ -29,6 +28,7 @@ from agent.tools.verify import Verify
 from agent.workspace import Workspace, question_parts
 from ivcore.chat_template import QWEN_TEMPLATE, render_template
 from ivcore.video import Clip
+from train.rewards import temporal_iou
 from train.row import Row, parse_row
 from train.toyworld.questions import Question, ask
 from train.toyworld.score import is_right, parse_span
@@ -134,7 +134,7 @@ def test_a_run_makes_mistakes_and_gets_over_them(films: list[Made]) -> None:
             again += 1
             assert len(spans) == 2
         assert isinstance(last_look.arguments, dict)
-        assert iou((last_look.arguments["start"], last_look.arguments["end"]), key.span) > 0.5
+        assert temporal_iou((last_look.arguments["start"], last_look.arguments["end"]), key.span) > 0.5
     assert 2 <= again <= 20
 
 
@@ -157,10 +157,10 @@ def test_windows_say_when_the_key_is_there_and_only_then(films: list[Made]) -> N
             span = parse_span(answer)
             assert (span is not None) == (answer != prompts.NOT_THERE)
             if visible:
-                assert span is not None and iou(span, key.span) > 0
+                assert span is not None and temporal_iou(span, key.span) > 0
                 assert times[0] - 0.2 <= span[0] and span[1] <= times[-1] + 1.2
             elif span is not None:  # between two frames, or at the window's edge
-                assert not absent(made.question) and iou(span, key.span) > 0
+                assert not absent(made.question) and temporal_iou(span, key.span) > 0
 
 
 def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def holds(claim: str, key: Any) -> bool:
     """Whether a claim about the key is so, read word by word."""
     words = set(re.findall(r"[a-z]+", claim))
     if (span := re.search(r"from ([0-9.]+) to ([0-9.]+)\.", claim)) is not None:
-        return iou((float(span[1]), float(span[2])), key.span) > 0.9
+        return temporal_iou((float(span[1]), float(span[2])), key.span) > 0.9
     if directions := words & set(DIRECTIONS):
         return directions == {key.direction}
     return {key.name.colour, key.name.shape} <= words
@@ -245,7 +245,7 @@ def test_a_moved_span_is_another(span: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
         other = moved(span, rng)
-        assert 0 <= other[0] < other[1] and iou(span, other) < 0.5
+        assert 0 <= other[0] < other[1] and temporal_iou(span, other) < 0.5
 
 
 @pytest.mark.parametrize(

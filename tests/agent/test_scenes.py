@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.scene_grouping import Span
 from agent.scenes import scenes
+from agent.spans import Span
 from ivcore.errors import BackendError, MediaError
 from ivcore.video import decode, probe
 from train.toyworld.compose import make_script

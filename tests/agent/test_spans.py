@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agent.entries import Span
-from agent.spans import first_span, iou, overlap
+from agent.spans import Span, first_span, overlap
+from train.rewards import temporal_iou as iou
 
 
 def span_of(numbers: tuple[float, float]) -> Span:

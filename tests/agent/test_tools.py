@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from agent import prompts
 from agent.content import content_hash
-from agent.entries import Span
 from agent.library import Collection, Entry, Library, LibraryError
 from agent.session import Session
+from agent.spans import Span
 from agent.tools import ground
 from agent.tools.box import NAMES, OF_LIBRARY, tools
 from agent.tools.ground import Found, Ground, windows

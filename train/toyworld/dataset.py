@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -66,9 +65,7 @@ def write_dataset(
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             rows = list(pool.map(make, seeds(split, first, count), chunksize=16))
     file = folder / f"{split}.jsonl"
-    partial_file = file.with_name(f"{file.name}.partial")
-    partial_file.write_text("".join(rows), encoding="utf-8")
-    os.replace(partial_file, file)
+    write_beside(file, "".join(rows).encode())
     return file
 
 
