@@ -17,7 +17,7 @@ from agent.entries import Entry, Result, Run
 from agent.loop import MESSAGE_TOKENS, Loop
 from agent.phases import Phases
 from agent.run_view import lines_of
-from agent.tools.box import tools as box
+from agent.tools.box import NAMES, OF_LIBRARY, check_names
 from agent.trace import Trace, TraceError, read_trace, resumed
 from agent.workspace import Workspace
 from ivcore.backend import choose, load
@@ -109,6 +109,7 @@ def begin(
     question: empty for a talk. entries, video: of a run to go on from, and the content hash that its file must still
     have.
     """
+    check_names(options.tools)
     content = content_hash(path)
     if video is not None and video != content:
         raise TraceError(f"{path} is another video than the run's; put the one back that it was about.")
@@ -130,7 +131,6 @@ def begin(
         most_fps=options.fps,
         most_frames=options.max_frames,
     )
-    box(workspace, options.tools)  # a library must not come to be for a run with a tool that is none
     workspace.notes = _collection(options, workspace)
     run = Run(
         path=str(path),
@@ -201,8 +201,8 @@ def _finish(entries: Sequence[Entry], report: str | None, as_json: bool) -> None
 
 
 def _collection(options: Options, workspace: Workspace) -> Collection | None:
-    """Where notes are kept; None without a library."""
-    if options.library is None:
+    """Where notes are kept; None without a library, or a tool that uses one."""
+    if options.library is None or OF_LIBRARY.isdisjoint(NAMES if options.tools is None else options.tools):
         return None
     from agent.embedding import Embedder, collection_name
     from agent.library import Library

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from agent.context import Context
 from agent.entries import Claim, Entry, Evidence, Feedback, Judgement, Observation, Status
-from agent.tools.tool import Shown, ToolArguments, ToolError
+from agent.tools.box import tools
+from agent.tools.tool import Shown, ToolArguments, ToolError, schema
 from agent.tools.verify import Verify
 from agent.workspace import Workspace
 
@@ -52,6 +53,11 @@ class Answering:
             yield claim
             found = self._verify.check(claim.text, [known[name].span for name in claim.evidence])
             yield Judgement(claim=claim.id, verdict=found.verdict, spans=found.spans, support=found.support)
+
+
+def offered(workspace: Workspace, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """What a chat template prints of the tools of these names, None being all that work here, and of `answer`."""
+    return [*map(schema, tools(workspace, names).values()), schema(Answering(workspace))]
 
 
 def status_of(found: bool, verdicts: list[Judgement]) -> Status:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agent import cli_agent, cli_library, cli_train, cli_weights
-from agent.cli_options import Debug, Model, debugging, reset_debugging
+from agent.cli_options import Backend, Debug, DType, Model, debugging, reset_debugging
 
 app = typer.Typer(
     name="iv3",
@@ -38,8 +38,8 @@ def ask(
     media: Annotated[list[str], typer.Argument(metavar="VIDEO_OR_IMAGE...", help="Files, in the order to show them.")],
     question: Annotated[str, typer.Argument(help="What to ask about them.")],
     model: Model,
-    backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    backend: Backend = "auto",
+    dtype: DType = None,
     fps: Annotated[float | None, typer.Option(min=0.001, help="Frames to sample a second.")] = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Most frames to sample.")] = None,
     frame_tokens: Annotated[

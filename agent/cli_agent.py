@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent.cli_options import Debug, Model
+from agent.cli_options import DEFAULT_PLACE, Backend, Debug, DType, MaybeModel, Model, Place, SpeechModel
 
 if TYPE_CHECKING:
     from agent.act import Options
 
 app = typer.Typer()
 
-Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Fps = Annotated[float | None, typer.Option(min=0.001, help="Most frames a second of any look.")]
 MaxFrames = Annotated[int | None, typer.Option(min=1, help="Most frames of any look.")]
 FrameTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens for a pair of frames.")]
@@ -32,13 +31,6 @@ Context = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of context; then the oldest frames become a sentence each.")
 ]
 Tools = Annotated[str | None, typer.Option(metavar="NAMES", help="Those that may be used, with commas; else all.")]
-Library = Annotated[
-    str | None,
-    typer.Option(envvar="IV3_LIBRARY", help="Where notes are kept, and searched: see iv3 index."),
-]
-Speech = Annotated[
-    str | None, typer.Option("--speech-model", metavar="NAME", help="A Whisper model, for videos without subtitles.")
-]
 Language = Annotated[str | None, typer.Option(help="The language spoken, for the speech model.")]
 Report = Annotated[str | None, typer.Option(metavar="FILE.html", help="Write the run as one page.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one object.")]
@@ -56,7 +48,7 @@ def agent(
     given: typer.Context,
     video: Annotated[str | None, typer.Argument(help="The video.")] = None,
     question: Annotated[str | None, typer.Argument(help="What to find out.")] = None,
-    model: Annotated[str | None, Model.__metadata__[0]] = None,
+    model: MaybeModel = None,
     backend: Backend = "auto",
     dtype: DType = None,
     fps: Fps = None,
@@ -73,8 +65,8 @@ def agent(
     budget_seconds: BudgetSeconds = None,
     context: Context = None,
     tools: Tools = None,
-    library: Library = None,
-    speech_model: Speech = None,
+    library: Place = DEFAULT_PLACE,
+    speech_model: SpeechModel = None,
     language: Language = None,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Write every entry of the run as it happens.")
@@ -135,8 +127,8 @@ def chat(
     budget_seconds: BudgetSeconds = None,
     context: Context = None,
     tools: Tools = None,
-    library: Library = None,
-    speech_model: Speech = None,
+    library: Place = DEFAULT_PLACE,
+    speech_model: SpeechModel = None,
     language: Language = None,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Write every entry of the talk as it happens.")
@@ -188,8 +180,10 @@ def _options(given: Mapping[str, Any]) -> Options:
 
     if given["model"] is None:
         raise typer.BadParameter("name a model with --model or IV3_MODEL")
-    same = "backend", "fps", "max_frames", "frame_tokens", "system", "max_tokens", "library", "speech_model", "language"
-    tools = given["tools"]
+    same = "backend", "fps", "max_frames", "frame_tokens", "system", "max_tokens", "speech_model", "language"
+    tools, library = given["tools"], given["library"]
+    if library == DEFAULT_PLACE and find_spec("lancedb") is None:
+        library = None
     return Options(
         model=given["model"],
         dtype=given["dtype"],
@@ -202,5 +196,6 @@ def _options(given: Mapping[str, Any]) -> Options:
             context=given["context"],
         ),
         tools=None if tools is None else tuple(name.strip() for name in tools.split(",")),
+        library=library,
         **{name: given[name] for name in same},
     )

@@ -7,18 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from agent.cli_options import Debug, Model
+from agent.cli_options import DEFAULT_PLACE, Backend, Debug, DType, Model, Place, SpeechModel
 
 app = typer.Typer()
 
-Place = Annotated[
-    str,
-    typer.Option("--library", envvar="IV3_LIBRARY", help="A folder, or an address that LanceDB opens (s3://, gs://)."),
-]
-DEFAULT_PLACE = "~/.cache/ivmlx/library"
-
-Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one object or list with everything.")]
 
 
@@ -41,9 +33,7 @@ def index(
     library: Place = DEFAULT_PLACE,
     backend: Backend = "auto",
     dtype: DType = None,
-    speech_model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A Whisper model, for videos without subtitles.")
-    ] = None,
+    speech_model: SpeechModel = None,
     fps: Annotated[float | None, typer.Option(min=0.001, help="Frames of a scene to sample a second.")] = None,
     max_frames: Annotated[int, typer.Option(min=1, help="Most frames of a scene.")] = 8,
     as_json: Json = False,

@@ -27,6 +27,17 @@ def reset_debugging() -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
-Model = Annotated[
-    str, typer.Option("--model", "-m", envvar="IV3_MODEL", help="A folder, or a Hugging Face id (owner/name@revision).")
+_NAMED_MODEL = typer.Option(
+    "--model", "-m", envvar="IV3_MODEL", help="A folder, or a Hugging Face id (owner/name@revision)."
+)
+Model = Annotated[str, _NAMED_MODEL]
+MaybeModel = Annotated[str | None, _NAMED_MODEL]
+"""Of a command that can know its model from a file."""
+Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
+Place = Annotated[
+    str,
+    typer.Option("--library", envvar="IV3_LIBRARY", help="A folder, or an address that LanceDB opens (s3://, gs://)."),
 ]
+DEFAULT_PLACE = "~/.cache/ivmlx/library"
+SpeechModel = Annotated[str | None, typer.Option(metavar="NAME", help="A Whisper model, for videos without subtitles.")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agent.cli_options import Debug, Model
+from agent.cli_options import Backend, Debug, Model
 
 
 class _TrainCommands(TyperGroup):
@@ -53,7 +53,7 @@ def _add_stage(stage: str, purpose: str) -> None:
         model: Model,
         data: Annotated[str, typer.Option(help="JSONL rows, an upstream meta file, or grounding annotations.")],
         out: Annotated[str, typer.Option(help="The run's folder.")],
-        backend: Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")] = "auto",
+        backend: Backend = "auto",
         dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; as stored by default.")] = None,
         held_out: Annotated[
             str | None,

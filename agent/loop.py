@@ -14,7 +14,7 @@ from itertools import takewhile
 import numpy as np
 
 from agent import prompts
-from agent.answering import Answering, contradiction, evidence_of, status_of
+from agent.answering import Answering, contradiction, evidence_of, offered, status_of
 from agent.belief import Beliefs
 from agent.budget import MISTAKES, Budget, Meter
 from agent.calls import Parsed, parse
@@ -35,7 +35,7 @@ from agent.resume import resumable
 from agent.room import make_room
 from agent.session import ContextFull, Session
 from agent.tools.box import tools as box
-from agent.tools.tool import Shown, ToolError, call, checked, schema
+from agent.tools.tool import Shown, ToolError, call, checked
 from agent.workspace import Workspace
 from ivcore.errors import IvError
 from ivcore.sampling import Sampling
@@ -74,7 +74,7 @@ class Loop:
         self.session = Session(
             workspace.model,
             workspace.tokenizer,
-            tools=[*map(schema, self._tools.values()), schema(self._answering)],
+            tools=offered(workspace, tools),
             spent=workspace.spent,
             frame_tokens=workspace.frame_tokens,
         )

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent.answering import Answering
+from agent.answering import offered
 from agent.oracle.rows import FILMS, claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
-from agent.tools.box import tools
-from agent.tools.tool import schema
+from agent.tools.box import NAMES
 from agent.workspace import Workspace
 from ivcore.files import write_beside
 from train.toyworld.compose import make_script
@@ -30,12 +29,12 @@ SHARES: Mapping[str, float] = {
 DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
 """Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
 
-NAMES = ("runs", "windows", "claims", "questions")
+FILES = ("runs", "windows", "claims", "questions")
 """What there is of a film; `questions` are the rows of `environment.Acting`."""
 
 
 def write_acts(folder: str | Path, split: Split, first: int, count: int, *, workers: int = 1) -> dict[str, Path]:
-    """Render films number first..first+count of a split and write a JSONL for each of NAMES.
+    """Render films number first..first+count of a split and write a JSONL for each of FILES.
 
     Films that an earlier call left are kept.
     """
@@ -46,7 +45,7 @@ def write_acts(folder: str | Path, split: Split, first: int, count: int, *, work
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = list(pool.map(make, seeds(split, first, count), chunksize=4))
     files = {}
-    for name in NAMES:
+    for name in FILES:
         files[name] = folder / f"{name}.jsonl"
         write_beside(files[name], "".join(line for rows in made for line in rows[name]).encode())
     return files
@@ -80,5 +79,5 @@ def _run(oracle: Oracle, script: Script) -> dict[str, Any]:
     for part in (part for message in messages if isinstance(message["content"], list) for part in message["content"]):
         if part["type"] == "video":
             part["video"] = f"{FILMS}/{Path(part['video']).name}"
-    offered = [*map(schema, tools(oracle.workspace).values()), schema(Answering(oracle.workspace))]
-    return {"messages": messages, "tools": offered, "kind": f"run {script.kind}", "duration": script.duration}
+    shown = offered(oracle.workspace, NAMES if oracle.has_library else None)
+    return {"messages": messages, "tools": shown, "kind": f"run {script.kind}", "duration": script.duration}

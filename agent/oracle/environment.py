@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from agent.answering import Answering
+from agent.answering import offered
 from agent.budget import Budget
 from agent.entries import Call, Entry, Reasoning, Result
 from agent.loop import Loop
-from agent.tools.box import tools
-from agent.tools.tool import schema
 from agent.workspace import Workspace
 from ivcore.backend import Model
 from ivcore.errors import IvError
@@ -82,11 +80,11 @@ class Acting:
 
         def sample(number: int) -> Sample:
             run = runs[number]
-            offered = tuple([*map(schema, tools(run.workspace).values()), schema(Answering(run.workspace))])
             messages = run.context.messages()
             while messages[-1]["role"] != "assistant":
                 messages.pop()
-            whole = Row(row.id, tuple(messages), (), None, None, None, row.kind, row.dataset, offered)
+            shown = tuple(offered(run.workspace))
+            whole = Row(row.id, tuple(messages), (), None, None, None, row.kind, row.dataset, shown)
             return setting.builder.sample(whole)
 
         return Judged(position, rewards, kinds, answers, tokens, sample)

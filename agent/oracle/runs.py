@@ -3,6 +3,7 @@
 - `look`, `overview` and `transcript` run on the rendered film. What `ground` and `verify` would say is made of the
   script, with the slips of a model: spans that are a little off, a first match that is another figure, or nothing.
 - A run goes on from a slip as it should: it looks, sees that this is not it, and tries the next one.
+- Half of the runs have a library, and some of these note what they have found.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from agent.entries import Call, Feedback, Instruction, Observation, Reasoning
 from agent.oracle.wording import absent, asked_of, description, statement, told
 from agent.spans import Span
 from agent.tools.look import Look, Overview
+from agent.tools.memory import NOTED
 from agent.tools.tool import Shown, call
 from agent.tools.transcribe import Transcript
 from agent.workspace import Workspace
@@ -35,9 +37,9 @@ show it."""
 SLIP = 0.2
 """Seconds by which an edge of a match is off, at most."""
 
-WRONG_FIRST, WRONG_IN_VAIN, GLANCES, CHECKS = 0.2, 0.25, 0.3, 0.3
+WRONG_FIRST, WRONG_IN_VAIN, GLANCES, CHECKS, HAVE_LIBRARY, NOTES = 0.2, 0.25, 0.3, 0.3, 0.5, 0.5
 """Shares of runs in which the first match is another figure; in which there is a match where there should be none; that
-begin with an overview; that verify before they answer."""
+begin with an overview; that verify before they answer; that have a library; and of these, that note what they found."""
 
 
 @dataclass
@@ -49,8 +51,10 @@ class Oracle:
     workspace: Workspace
     rng: np.random.Generator
     context: Context = field(init=False)
+    has_library: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.has_library = self.rng.random() < HAVE_LIBRARY
         self.context = Context(frames=lambda seen: str(self.workspace.video))  # type: ignore[arg-type, return-value]
         self.context.append(Instruction(role="system", text=prompts.SYSTEM))
         duration = self.workspace.duration
@@ -73,6 +77,7 @@ class Oracle:
         for number, (span, _) in enumerate(matches):
             seen = self._look(span, first=number == 0)
             if self._shows(span, key):
+                self._note(statement(asked, key), span)
                 self._answer_seen(asked, key, seen)
                 return
         self._answer_nothing()
@@ -108,6 +113,11 @@ class Oracle:
     def _shows(self, span: Span, key: Figure) -> bool:
         return not absent(self.question) and span[0] < key.span[1] and key.span[0] < span[1]
 
+    def _note(self, claim: str, span: Span) -> None:
+        if self.has_library and self.rng.random() < NOTES:
+            start, end = (round(edge, 1) for edge in span)
+            self._act("", "note", {"text": claim, "start": start, "end": end}, lambda given: Shown(NOTED))
+
     def _answer_seen(self, asked: str, key: Figure, seen: str) -> None:
         claim = statement(asked, key)
         if self.rng.random() < CHECKS:
@@ -125,6 +135,7 @@ class Oracle:
         start, end = line.span
         self._act(told(line), "transcript", {"start": start, "end": end},
                   lambda given: call(Transcript(self.workspace), given))  # fmt: skip
+        self._note(told(line), line.span)
         self._answer(told(line), self._last_seen())
 
     def _answer(self, claim: str, seen: str) -> None:

@@ -19,11 +19,16 @@ NAMES = tuple(kind.name for kind in _KINDS)
 OF_LIBRARY = frozenset({Search.name, Note.name, Recall.name})
 
 
-def tools(workspace: Workspace, names: Sequence[str] | None = None) -> Mapping[str, Tool]:
-    """The tools of these names; None is all that work here. ToolError names an unknown one."""
+def check_names(names: Sequence[str] | None) -> None:
+    """ToolError names the first one that is no tool's."""
     unknown = [name for name in names or () if name not in NAMES]
     if unknown:
         raise ToolError(f"There is no tool {unknown[0]!r}; there are {', '.join(NAMES)}.")
+
+
+def tools(workspace: Workspace, names: Sequence[str] | None = None) -> Mapping[str, Tool]:
+    """The tools of these names; None is all that work here. ToolError names an unknown one."""
+    check_names(names)
     wanted = (
         [name for name in NAMES if workspace.notes is not None or name not in OF_LIBRARY] if names is None else names
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FOUND = 5
 SOURCE = "agent"
+NOTED = "Noted."
 
 
 class Search:
@@ -70,7 +71,7 @@ class Note:
         span = checked_span(arguments.start, arguments.end, self._workspace.duration)
         entry = Entry("note", span, arguments.text, SOURCE)
         notes.add_notes(self._workspace.content, self._workspace.video, [entry])
-        return Shown("Noted.")
+        return Shown(NOTED)
 
 
 def held(workspace: Workspace) -> Collection:

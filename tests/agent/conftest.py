@@ -15,6 +15,12 @@ MICRO = Path(__file__).resolve().parents[1] / "data/reference/iv3-micro"
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.fixture(autouse=True)
+def library_of_nobody(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that name no library have one of the test's own, never that of who runs the tests."""
+    monkeypatch.setenv("IV3_LIBRARY", str(tmp_path_factory.mktemp("nobody") / "library"))
+
+
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `iv3` with arguments; exit code, stdout, stderr."""

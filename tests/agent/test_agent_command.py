@@ -165,3 +165,18 @@ def test_what_is_no_trace_is_not_gone_on_with(tmp_path: Path, failure: Fails) ->
     assert "is empty, because its run was stopped" in failure("agent", "--resume", tmp_path / "run.jsonl")
     (tmp_path / "run.jsonl").write_text("{}\n")
     assert "line 1: that is no entry of a trace" in failure("agent", "--resume", tmp_path / "run.jsonl")
+
+
+def test_what_one_run_notes_the_next_one_recalls_with_no_library_named(
+    clip: Path, tmp_path: Path, run: Run, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("IV3_LIBRARY")
+    given = [*OPTIONS, "--tools", "look,note,recall", "--trace", tmp_path / "run.jsonl"]
+    says(written("note", {"text": "a lighthouse", "start": 1.0, "end": 2.0}), *MESSAGES)
+    assert run("agent", clip, "What moves?", *given)[0] == 0
+    (tmp_path / "run.jsonl").unlink()
+    says(written("recall", {"query": "lighthouse"}), *MESSAGES)
+    code, _, err = run("agent", clip, "What moves?", *given)
+    assert code == 0 and "note, 1.0 to 2.0: a lighthouse" in err
+    assert (tmp_path / ".cache/ivmlx/library").is_dir()

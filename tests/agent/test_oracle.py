@@ -21,7 +21,7 @@ from agent.oracle.rows import claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
 from agent.oracle.template import terse_template
 from agent.oracle.wording import absent, moved
-from agent.tools.box import tools
+from agent.tools.box import NAMES, tools
 from agent.tools.ground import Ground
 from agent.tools.tool import checked, schema
 from agent.tools.verify import Verify
@@ -94,8 +94,9 @@ def ended(made: Made, oracle: Oracle, messages: list[dict[str, Any]]) -> list[En
 
 def test_every_call_of_a_run_is_one_that_its_tool_takes(films: list[Made]) -> None:
     for made in films:
-        known = {**tools(made.workspace), "answer": Answering(made.workspace)}
-        for _, messages in runs_of(made):
+        for oracle, messages in runs_of(made):
+            offered = tools(made.workspace, NAMES if oracle.has_library else None)
+            known = {**offered, "answer": Answering(made.workspace)}
             for message in messages:
                 if message["role"] != "assistant":
                     continue
@@ -295,7 +296,7 @@ def test_films_and_rows_are_written_once_and_read_by_training(tmp_path: Path, mo
 
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", InThisProcess)
     files = dataset.write_acts(tmp_path, "train", 0, 6)
-    assert set(files) == set(dataset.NAMES)
+    assert set(files) == set(dataset.FILES)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "films").iterdir()}
     before = {name: file.read_bytes() for name, file in files.items()}
     assert len(written) == 6
@@ -306,3 +307,19 @@ def test_films_and_rows_are_written_once_and_read_by_training(tmp_path: Path, mo
         for line in file.read_text().splitlines():
             row = parse_row(json.loads(line), tmp_path, "rl" if name == "questions" else "sft")
             row.check_media()
+
+
+def test_a_note_says_what_was_found_where_and_only_a_run_with_a_library_has_one(films: list[Made]) -> None:
+    noted = 0
+    for made in films:
+        for oracle, messages in runs_of(made, 12):
+            said = [parse(each["content"])[1][0] for each in messages if each["role"] == "assistant"]
+            notes = [each.arguments for each in said if each.name == "note"]
+            noted += len(notes)
+            assert len(notes) <= oracle.has_library and not (notes and absent(made.question))
+            for note in notes:
+                assert isinstance(note, dict) and isinstance(said[-1].arguments, dict)
+                assert note["text"] == said[-1].arguments["claims"][0]["text"]
+                assert made.question.span is not None
+                assert temporal_iou((note["start"], note["end"]), made.question.span) > 0.3
+    assert noted >= 5
