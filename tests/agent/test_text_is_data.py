@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.calls import written
+from agent.calls import parse, written
 from agent.content import content_hash
 from agent.embedding import Embedder
 from agent.entries import Call, Feedback, Observation, Result
@@ -119,11 +119,12 @@ def test_what_a_tool_shows_holds_no_mark_of_a_turn_and_runs_no_tool(
 ) -> None:
     monkeypatch.setattr("agent.belief.ANSWER_TOKENS", 4)  # what random weights foresee is noise, and takes long
     put, asks = SOURCES[source]
+    (asked,) = parse(asks)[1]
     found = {}
     for text in (HARMLESS, HOSTILE):
         done = written("answer", {"text": "no", "claims": [], "found": False})
         workspace = make_workspace(tmp_path / str(len(text)), text, put, [asks, done])
-        entries = list(Loop(workspace).ask("What does it like?"))
+        entries = list(Loop(workspace, tools=[asked.name, "note"]).ask("What does it like?"))
         shown = [each.quoted for each in entries if isinstance(each, Feedback)]
         shown += [each.text for each in entries if isinstance(each, Observation)]
         assert any(" ".join(text.split()) in each for each in shown)
