@@ -60,11 +60,20 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         assert command[1:3] == ["-m", "agent.cli"] and not check
         ran.append(command[3:])
         with pytest.raises(SystemExit) as stop:
-            cli.main(command[3:])
+            cli.main([*command[3:], *few_steps(command)])
         return subprocess.CompletedProcess(command, stop.value.code)
 
     monkeypatch.setattr(subprocess, "run", run)
     return ran
+
+
+def few_steps(command: list[str]) -> list[str]:
+    """Options by which a training command takes the fewest steps that its recipe can."""
+    if "train" not in command:
+        return []
+    recipe = read_recipe(option(tuple(command), "--recipe"))
+    keys = [f"phases.{number}.steps" for number in range(len(getattr(recipe, "phases", ())))] or ["steps"]
+    return [argument for key in keys for argument in ("--set", f"{key}=1")]
 
 
 @pytest.fixture
@@ -72,7 +81,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     """Function that makes all of it, with the least of everything."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     monkeypatch.setattr("agent.convert_attention.SAMPLES", 4)
-    for name, value in {"SEEDS": (0,), "LAYOUTS": ("norm",), "RATIOS": (2,), "TEXTS": 3, "TRAIN_CLIPS": 6}.items():
+    fewest = {
+        "SEEDS": (0,),
+        "LAYOUTS": ("norm",),
+        "RATIOS": (2,),
+        "STILLS": 3,
+        "PAIRS": 3,
+        "TEXTS": 3,
+        "TRAIN_CLIPS": 6,
+    }
+    for name, value in fewest.items():
         monkeypatch.setattr(pipeline, name, value)
     for name in ("CLIPS", "LONG_CLIPS"):
         sets = getattr(pipeline, name)
@@ -83,7 +101,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     write_start(base / "model")
     write_dataset(base / "data", "train", 0, 6)
     write_dataset(base / "data", "heldout", HELDOUT_CLIPS, 1)
-    overrides = ["steps=1", "batch=2", "data.max_tokens=600", "data.cache_gib=0.0"]
+    overrides = ["batch=2", "data.max_tokens=600", "data.cache_gib=0.0"]
 
     def make() -> None:
         pipeline.make_tiny(base, tmp_path / "out", overrides)

@@ -31,7 +31,9 @@ from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
 from train.toyworld.descriptions import description
+from train.toyworld.pairs import write_pairs
 from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION, Script
+from train.toyworld.stills import write_stills
 from train.toyworld.talks import talk
 from train.toyworld.texts import write_texts
 
@@ -52,8 +54,8 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-TEXTS = 12_000
-"""Transcripts without a clip, each with questions about all of its lines."""
+STILLS, PAIRS, TEXTS = 20_000, 12_000, 12_000
+"""Pictures of several figures; lists of pairs; transcripts without a clip, each asked about in all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
     "long": (200, LONG_SHARES, LONG_SECONDS),
@@ -63,7 +65,7 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 SETS = {
-    "sft-short": ("base-descriptions", "base-talks", "short-descriptions", "short-talks", "texts"),
+    "sft-short": ("stills", "pairs", "base-descriptions", "base-talks", "short-descriptions", "short-talks", "texts"),
     "sft-long": ("short-descriptions", "short-talks", "texts", "long-descriptions", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
@@ -152,8 +154,13 @@ def write_data(base: Path, data: Path) -> None:
         for kind, make in MADE.items():
             if not (file := folder / f"{kind}.jsonl").exists():
                 write_about(file, make, "train", first, clips, shares=shares, duration=duration)
-    if not (data / "texts/train.jsonl").exists():
-        write_texts(data / "texts", "train", TRAIN_CLIPS, TEXTS)
+    for name, write, count in (
+        ("stills", write_stills, STILLS),
+        ("pairs", write_pairs, PAIRS),
+        ("texts", write_texts, TEXTS),
+    ):
+        if not (data / name / "train.jsonl").exists():
+            write(data / name, "train", TRAIN_CLIPS, count)
     for name, (clips, shares, duration) in HELDOUT.items():
         if not (data / name / "heldout.jsonl").exists():
             write_dataset(

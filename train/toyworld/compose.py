@@ -99,6 +99,18 @@ def make_script(seed: int, kind: str, duration: float = SHORT_SECONDS) -> Script
     return Script(seed, kind, ticks / TICKS, _backgrounds(rng, scenes), tuple(figures), tuple(keys), tuple(lines))
 
 
+def still(seed: int) -> Script:
+    """Two to four figures at once for a short clip's length, no shape and no colour twice: a picture at any time."""
+    rng = random_of(seed, 8)
+    number = int(rng.integers(2, MAX_COUNT + 1))
+    colours, shapes = rng.permutation(list(COLOURS)).tolist(), rng.permutation(list(SHAPES)).tolist()
+    names = [Name(colour, shape) for colour, shape in zip(colours, shapes, strict=False)][:number]
+    quarters = rng.permutation(MAX_COUNT).tolist()
+    scene = (0, _BLOCK)
+    figures = [_cross(rng, name, scene, quarter) for name, quarter in zip(names, quarters, strict=False)]
+    return Script(seed, "still", SHORT_SECONDS, _backgrounds(rng, [scene]), tuple(figures), (), ())
+
+
 def what_is_asked(seed: int, kind: str) -> str:
     """The kind itself, but for a rare event one of its figure's colour, shape and direction."""
     return pick(random_of(seed, 3), ("colour", "shape", "direction")) if kind == "rare" else kind

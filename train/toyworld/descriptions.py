@@ -17,7 +17,7 @@ from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Script, random_of
 from train.toyworld.talks import shows_direction
 
-_REQUESTS = {
+REQUESTS = {
     "colour": "Describe the figures by their colours.",
     "shape": "Describe the figures by their shapes.",
     "time": "Describe the figures by their times.",
@@ -35,9 +35,9 @@ def description(script: Script) -> dict[str, Any] | None:
     if len(script.figures) < 2:
         return None
     rng = random_of(script.seed, 7)
-    way = str(rng.choice(list(_REQUESTS), p=_SHARES))
+    way = str(rng.choice(list(REQUESTS), p=_SHARES))
     listed = list(script.figures) if way == "time" else _mixed(rng, script.figures, way)
-    content = [{"type": "video", "video": clip_name(script)}, {"type": "text", "text": _REQUESTS[way]}]
+    content = [{"type": "video", "video": clip_name(script)}, {"type": "text", "text": REQUESTS[way]}]
     messages = [
         {"role": "user", "content": content},
         {"role": "assistant", "content": "; ".join(_said(rng, figure, way) for figure in listed)},
