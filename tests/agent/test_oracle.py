@@ -19,7 +19,6 @@ from agent.oracle import dataset
 from agent.oracle.environment import PRICE, parts, worth
 from agent.oracle.rows import claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
-from agent.oracle.template import terse_template
 from agent.oracle.wording import absent, moved
 from agent.tools.box import NAMES, tools
 from agent.tools.ground import Ground
@@ -30,6 +29,7 @@ from ivcore.chat_template import QWEN_TEMPLATE, render_template
 from ivcore.video import Clip
 from train.rewards import temporal_iou
 from train.row import Row, parse_row
+from train.tiny.template import terse_template
 from train.toyworld.questions import Question, ask
 from train.toyworld.score import is_right, parse_span
 from train.toyworld.script import Script, random_of, seeds

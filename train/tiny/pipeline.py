@@ -66,7 +66,7 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 
 SETS = {
     "sft-short": ("stills", "pairs", "base-descriptions", "base-talks", "short-descriptions", "short-talks", "texts"),
-    "sft-long": ("short-descriptions", "short-talks", "texts", "long-descriptions", "long-talks", "long"),
+    "sft-long": ("short-descriptions", "short-talks", "pairs", "texts", "long-descriptions", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
 }

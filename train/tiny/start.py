@@ -17,6 +17,7 @@ from ivcore.checkpoint import manifest
 from ivcore.config import ModelConfig
 from ivcore.shards import TensorSpec, write_checkpoint
 from ivcore.tokenizer import Tokenizer
+from train.tiny.template import terse_template
 from train.toyworld.script import SIZE
 from train.toyworld.tokenizer import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, write_tokenizer
 
@@ -32,6 +33,7 @@ def write_start(folder: str | Path, seed: int = 0) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ids = write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(terse_template(), encoding="utf-8")
     config = _config(Tokenizer.from_dir(folder), -(-ids // 64) * 64)
     shapes = manifest(ModelConfig.from_dict(config))
     write_checkpoint(
