@@ -54,7 +54,7 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, PAIRS, TEXTS = 20_000, 12_000, 12_000
+STILLS, PAIRS, TEXTS = 30_000, 20_000, 12_000
 """Pictures of several figures; lists of pairs; transcripts without a clip, each asked about in all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {

@@ -1,7 +1,7 @@
-"""Lists of pairs, to be repeated in another order: from these it is learned to look up what stands behind a word.
+"""Lists of pairs, to be repeated in another order or asked about: what stands behind a word is learned to be looked up.
 
 A transcript's sentence has to be found by two words, and says one of few things: a small model guesses well enough to
-learn that slowly. Here every second word follows from the one before and the list.
+learn that slowly. Here every answer follows from a word or two and the list.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 from ivcore.files import write_beside
 from train.toyworld.script import Split, pick, random_of, seeds
 from train.toyworld.words import COLOURS, FACTS, NAMES, SHAPES
+
+TALKS = 0.5
+"""The share of lists that are asked about, key by key."""
 
 _REQUEST = "Repeat these pairs, in any order."
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -37,10 +40,14 @@ def row(seed: int) -> dict[str, Any]:
     keys, values = _KEYS[pick(rng, tuple(_KEYS))], FACTS[pick(rng, tuple(FACTS))].values
     count = int(rng.integers(2, min(len(keys), len(values)) + 1))
     drawn = zip(rng.permutation(len(keys))[:count], rng.permutation(len(values))[:count], strict=True)
-    pairs = [f"The {keys[key]}: {values[value]}" for key, value in drawn]
-    mixed = [pairs[index] for index in rng.permutation(len(pairs))]
-    messages = [
-        {"role": "user", "content": "\n".join([*pairs, "", _REQUEST])},
-        {"role": "assistant", "content": "\n".join(mixed)},
-    ]
+    pairs = [(f"The {keys[key]}", values[value]) for key, value in drawn]
+    listed = [f"{key}: {value}" for key, value in pairs]
+    mixed = rng.permutation(count)
+    turns = [(_REQUEST, "\n".join(listed[index] for index in mixed))]
+    if rng.random() < TALKS:
+        turns = [(f"{pairs[index][0]}?", pairs[index][1]) for index in mixed]
+    messages: list[dict[str, str]] = []
+    for asked, answer in turns:
+        text = asked if messages else "\n".join([*listed, "", asked])
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kind": "pairs", "seed": seed}

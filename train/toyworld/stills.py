@@ -1,7 +1,8 @@
-"""Pictures of several figures at once, described in a few words: what is said first tells which figure is meant.
+"""Pictures of several figures at once, described in a few words or asked about: one word tells which figure is meant.
 
 A picture costs sixteen tokens, and every second word of its description follows from the word before and one figure.
-In clips, where a figure has a few of many more tokens, a small model does not learn to find it by its shape.
+In clips, where a figure has a few of many more tokens, a small model does not learn to find it by its shape. What has
+learned to describe answers questions soon, but not without being asked any.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from PIL import Image
 from ivcore.files import write_beside
 from train.toyworld.compose import still
 from train.toyworld.descriptions import REQUESTS
+from train.toyworld.questions import about
 from train.toyworld.render import frames
 from train.toyworld.script import SHORT_SECONDS, Script, Split, random_of, seeds
 
+TALKS = 0.5
+"""The share of pictures that are asked about, figure by figure."""
+
 BY_SHAPE = 0.7
-"""The share of descriptions in which the shape comes first: to find a figure by that is learned last."""
+"""The share in which the shape tells the figure: to find one by that is learned last."""
 
 PICTURES = "pictures"
 """The folder beside the rows."""
@@ -45,11 +50,19 @@ def _write(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def row(script: Script, path: str) -> dict[str, Any]:
-    """The JSONL's object of a script whose picture is at `path`: its figures in an order of chance."""
+    """The JSONL's object of a script whose picture is at `path`: its figures in an order of chance, each once."""
     rng = random_of(script.seed, 10)
-    way = "shape" if rng.random() < BY_SHAPE else "colour"
     listed = [script.figures[index] for index in rng.permutation(len(script.figures))]
-    said = "; ".join(" ".join(reversed(each.name) if way == "shape" else each.name) for each in listed)
-    content = [{"type": "image", "image": path}, {"type": "text", "text": REQUESTS[way]}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
-    return {"messages": messages, "kind": f"still by {way}", "seed": script.seed}
+    if rng.random() < TALKS:
+        questions = [about(rng, "colour" if rng.random() < BY_SHAPE else "shape", figure) for figure in listed]
+        kind, turns = "still", [(question.text, question.answer) for question in questions]
+    else:
+        way = "shape" if rng.random() < BY_SHAPE else "colour"
+        said = "; ".join(" ".join(reversed(each.name) if way == "shape" else each.name) for each in listed)
+        kind, turns = f"still by {way}", [(REQUESTS[way], said)]
+    messages: list[dict[str, Any]] = []
+    for asked, answer in turns:
+        text = {"type": "text", "text": asked}
+        content = [text] if messages else [{"type": "image", "image": path}, text]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "kind": kind, "seed": script.seed}
