@@ -1,10 +1,15 @@
 """Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check, and for
-rl the question by itself."""
+rl the question by itself.
+
+    python -m agent.oracle.dataset OUT [--films 1200]
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
+import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -28,6 +33,9 @@ SHARES: Mapping[str, float] = {
 }  # fmt: skip
 DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
 """Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
+
+FIRST, FILMS_TO_LEARN_FROM = 200_000, 1_200
+"""Number of the first film among the training seeds, and how many there are."""
 
 FILES = ("runs", "windows", "claims", "questions")
 """What there is of a film; `questions` are the rows of `environment.Acting`."""
@@ -81,3 +89,16 @@ def _run(oracle: Oracle, script: Script) -> dict[str, Any]:
             part["video"] = f"{FILMS}/{Path(part['video']).name}"
     shown = offered(oracle.workspace, NAMES if oracle.has_library else None)
     return {"messages": messages, "tools": shown, "kind": f"run {script.kind}", "duration": script.duration}
+
+
+def main() -> None:
+    """Write the films and rows to learn from."""
+    parser = argparse.ArgumentParser(description="Render films and write what there is to learn from each.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--films", type=int, default=FILMS_TO_LEARN_FROM)
+    given = parser.parse_args()
+    write_acts(given.out, "train", FIRST, given.films, workers=os.cpu_count() or 1)
+
+
+if __name__ == "__main__":
+    main()

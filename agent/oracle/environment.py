@@ -95,7 +95,7 @@ class Acting:
         workspace = Workspace(Path(path), model, self._setting.tokenizer, memo=memo)
         sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=rollout_seed(self._setting.seed, *where))
         budget = Budget(turns=MOST_TURNS, context=self._setting.phase.data.max_tokens)
-        loop = Loop(workspace, budget, sampling=sampling)
+        loop = Loop(workspace, budget, sampling=sampling, message_tokens=how.max_tokens)
         for _ in loop.ask(_question(row)):
             pass
         return loop

@@ -13,7 +13,6 @@ import pytest
 from agent.calls import written
 from agent.oracle.environment import PRICE, Acting
 from agent.oracle.rows import FILMS, question_of
-from agent.oracle.template import terse_template
 from agent.workspace import Workspace
 from ivcore.backend import load
 from ivcore.tokenizer import Tokenizer
@@ -22,6 +21,7 @@ from train.environment import Setting
 from train.recipe_file import parse_recipe
 from train.rows import read_rows
 from train.samples import SampleBuilder
+from train.tiny.template import terse_template
 from train.toyworld.compose import make_script
 from train.toyworld.questions import NOT_THERE, ask
 from train.toyworld.render import write_clip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agent import cli
+from agent.oracle import dataset
 from ivcore.config import ModelConfig
 from ivcore.errors import TrainingError
 from train.recipe_file import read_recipe
@@ -40,7 +41,7 @@ def test_every_step_reads_what_an_earlier_one_made() -> None:
         names.append(step.name)
     assert len(set(names)) == len(names)
     seeds, variants = len(pipeline.SEEDS), len(pipeline.LAYOUTS) * len(pipeline.RATIOS)
-    assert len(names) == variants + seeds * (variants + len(pipeline.CHAIN) + 1) + 1
+    assert len(names) == variants + seeds * (variants + len(pipeline.CHAIN) + 1) + len(pipeline.ACTING) + 1
 
 
 def test_no_recipe_of_continued_pretraining_reads_more_than_a_tenth_of_the_bases_tokens() -> None:
@@ -57,7 +58,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ran: list[list[str]] = []
 
     def run(command: list[str], check: bool) -> Any:
-        assert command[1:3] == ["-m", "agent.cli"] and not check
+        assert command[1] == "-m" and not check
+        if command[2] == "agent.oracle.dataset":
+            monkeypatch.setattr(dataset, "DURATIONS", (60.0,))
+            dataset.write_acts(command[3], "train", 0, 2)
+            return subprocess.CompletedProcess(command, 0)
+        assert command[2] == "agent.cli"
         ran.append(command[3:])
         with pytest.raises(SystemExit) as stop:
             cli.main([*command[3:], *few_steps(command)])
@@ -73,7 +79,9 @@ def few_steps(command: list[str]) -> list[str]:
         return []
     recipe = read_recipe(option(tuple(command), "--recipe"))
     keys = [f"phases.{number}.steps" for number in range(len(getattr(recipe, "phases", ())))] or ["steps"]
-    return [argument for key in keys for argument in ("--set", f"{key}=1")]
+    few = [argument for key in keys for argument in ("--set", f"{key}=1")]
+    least = "batch=1", "rollout.rollouts=2", "rollout.max_tokens=8"
+    return [*few, *(argument for each in least for argument in ("--set", each))] if "rl" in command else few
 
 
 @pytest.fixture
@@ -81,6 +89,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     """Function that makes all of it, with the least of everything."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     monkeypatch.setattr("agent.convert_attention.SAMPLES", 4)
+    monkeypatch.setattr("agent.oracle.environment.MOST_TURNS", 2)
+    monkeypatch.setattr("agent.belief.ANSWER_TOKENS", 2)
     fewest = {
         "SEEDS": (0,),
         "LAYOUTS": ("norm",),
@@ -119,7 +129,8 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     assert sum(file.stat().st_size for file in tiny.iterdir()) <= 8_000_000
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
-        "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0", "iv3-tiny",
+        "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0",
+        "sft-act-0", "rl-act-0", "iv3-tiny",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
     assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps

@@ -1,13 +1,15 @@
 """`make tiny`: from iv3-tiny's base to iv3-tiny, every step a command of `iv3`; what is done is not done again.
 
 The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
-new kinds of question; rewards sharpen spans; a teacher that sees four times the frames makes do with few.
+new kinds of question; rewards sharpen spans; a teacher that sees four times the frames makes do with few. The first
+seed's model then learns to act: from an oracle's runs, and from rewards for its own.
 
 OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/final-<seed>/             the last run's adapter, merged
-OUT/iv3-tiny/                 that of the first seed, in 8 bits beside float16
+OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
+OUT/iv3-tiny/                 what came of that, in 8 bits beside float16
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
@@ -43,6 +45,9 @@ LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
+ACTING = ("sft-act", "rl-act")
+"""Those behind the chain, which only the first seed's model goes through."""
+
 SHORT_SHARES: Mapping[str, float] = {
     **{kind: 0.62 * share for kind, share in BASE_SHARES.items() if kind != "said"},
     "said": 0.1,
@@ -69,11 +74,17 @@ SETS = {
     "sft-long": ("short-descriptions", "short-talks", "pairs", "texts", "long-descriptions", "long-talks", "long"),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
+    "sft-act": ("runs", "windows", "claims", "short-talks", "long-talks", "pairs", "texts"),
+    "rl-act": ("questions",),
 }
 """What each stage's rows are from."""
 
 MADE: Mapping[str, Callable[[Script], dict[str, Any] | None]] = {"talks": talk, "descriptions": description}
 """What else is made of the scripts behind other sets, about the same clips."""
+
+
+ACTS = ("runs", "windows", "claims", "questions")
+"""Sets that `agent.oracle.dataset` makes, of films."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +118,12 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
     for step in steps(base, out, overrides):
         if not step.name.startswith(only) or (step.name in done and step.made.exists()):
             continue
+        if step.name.startswith(ACTING) and not (out / f"data/acts/{ACTS[-1]}.jsonl").exists():
+            _run("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
         arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
         started = time.monotonic()
-        if code := subprocess.run([sys.executable, "-m", "agent.cli", *arguments], check=False).returncode:
-            raise TrainingError(f"The step {step.name} ended with exit code {code}; run it again, it goes on.")
+        _run(f"The step {step.name}", "agent.cli", *arguments)
         seconds = round(time.monotonic() - started, 1)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step.name, "seconds": seconds, "arguments": arguments}) + "\n")
@@ -119,11 +131,18 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
         write_beside(tiny / PROVENANCE, (json.dumps(provenance(log), indent=1) + "\n").encode())
 
 
+def _run(what: str, module: str, *arguments: str) -> None:
+    """Run a module in a process of its own: what lies above this package is not imported here."""
+    if code := subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
+        raise TrainingError(f"{what} ended with exit code {code}; run it again, it goes on.")
+
+
 def provenance(log: Path) -> dict[str, Any]:
     """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order."""
     seed = SEEDS[0]
     first = f"{LAYOUTS[0]}-{RATIOS[0]}"
-    names = [first, f"{first}-cpt-{seed}", *(f"{stage}-{seed}" for stage in CHAIN), f"final-{seed}", TINY]
+    chain = (f"{first}-cpt", *CHAIN, "final", *ACTING)
+    names = [first, *(f"{name}-{seed}" for name in chain), TINY]
     lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
     return {"toy world": WORLD_VERSION, "base": "make tiny-base", "steps": [lines[name] for name in names]}
 
@@ -177,6 +196,8 @@ def write_data(base: Path, data: Path) -> None:
 
 def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
+    if name in ACTS:
+        return data / f"acts/{name}.jsonl"
     if kind not in MADE:
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
@@ -205,9 +226,14 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         final = out / f"final-{seed}"
         adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
         yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
+    before = out / f"final-{SEEDS[0]}"
+    for stage in ACTING:
+        name = f"{stage}-{SEEDS[0]}"
+        yield _training(stage, name, before, out / f"data/{stage}.json", out, SEEDS[0], overrides)
+        before = out / name / "model"
     tiny = out / TINY
     quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
-    yield Step(tiny.name, ("convert", str(out / f"final-{SEEDS[0]}"), str(tiny), *quantised), tiny)
+    yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
 
 
 def _training(stage: str, name: str, model: Path, rows: Path, out: Path, seed: int, overrides: list[str]) -> Step:
