@@ -59,7 +59,7 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, PAIRS, TEXTS = 30_000, 20_000, 12_000
+STILLS, PAIRS, TEXTS = 20_000, 12_000, 12_000
 """Pictures of several figures; lists of pairs; transcripts without a clip, each asked about in all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
@@ -69,14 +69,20 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 }
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
-SETS = {
-    "sft-short": ("stills", "pairs", "base-descriptions", "base-talks", "short-descriptions", "short-talks", "texts"),
-    "sft-long": ("short-descriptions", "short-talks", "pairs", "texts", "long-descriptions", "long-talks", "long"),
+SETS: Mapping[str, tuple[str, ...]] = {
+    "sft-short": (
+        "stills", "stills-talks", "pairs", "pairs-talks", "base-descriptions", "base-talks", "short-descriptions",
+        "short-talks", "texts",
+    ),
+    "sft-long": (
+        "stills-talks", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts", "long-descriptions",
+        "long-talks", "long",
+    ),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
-    "sft-act": ("runs", "windows", "claims", "short-talks", "long-talks", "pairs", "texts"),
+    "sft-act": ("runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
     "rl-act": ("questions",),
-}
+}  # fmt: skip
 """What each stage's rows are from."""
 
 MADE: Mapping[str, Callable[[Script], dict[str, Any] | None]] = {"talks": talk, "descriptions": description}

@@ -7,15 +7,13 @@ learn that slowly. Here every answer follows from a word or two and the list.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ivcore.files import write_beside
 from train.toyworld.script import Split, pick, random_of, seeds
 from train.toyworld.words import COLOURS, FACTS, NAMES, SHAPES
-
-TALKS = 0.5
-"""The share of lists that are asked about, key by key."""
 
 _REQUEST = "Repeat these pairs, in any order."
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -26,28 +24,43 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 
 def write_pairs(folder: str | Path, split: Split, first: int, count: int) -> Path:
-    """Write a row for each of the seeds number first..first+count of a split; returns the JSONL."""
+    """Write two rows for each of the seeds number first..first+count of a split.
+
+    Repetitions are in `folder`/`split`.jsonl, which is returned, questions beside it in talks.jsonl.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{split}.jsonl"
-    write_beside(file, "".join(f"{json.dumps(row(seed))}\n" for seed in seeds(split, first, count)).encode())
-    return file
+    for name, make in (("talks", talk), (split, repetition)):
+        rows = "".join(f"{json.dumps(make(seed))}\n" for seed in seeds(split, first, count))
+        write_beside(folder / f"{name}.jsonl", rows.encode())
+    return folder / f"{split}.jsonl"
 
 
-def row(seed: int) -> dict[str, Any]:
-    """The JSONL's object of a seed: two to eight pairs of a key and a value, none twice."""
+def repetition(seed: int) -> dict[str, Any]:
+    """A row of a seed: two to eight pairs of a key and a value, none twice, to be said again."""
+    pairs, mixed = _drawn(seed)
+    return _row(seed, pairs, [(_REQUEST, "\n".join(f"{key}: {value}" for key, value in mixed))])
+
+
+def talk(seed: int) -> dict[str, Any]:
+    """As `repetition`, but every key is asked about."""
+    pairs, mixed = _drawn(seed)
+    return _row(seed, pairs, [(f"{key}?", value) for key, value in mixed])
+
+
+def _drawn(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pairs, and the same in another order."""
     rng = random_of(seed, 11)
     keys, values = _KEYS[pick(rng, tuple(_KEYS))], FACTS[pick(rng, tuple(FACTS))].values
     count = int(rng.integers(2, min(len(keys), len(values)) + 1))
     drawn = zip(rng.permutation(len(keys))[:count], rng.permutation(len(values))[:count], strict=True)
     pairs = [(f"The {keys[key]}", values[value]) for key, value in drawn]
-    listed = [f"{key}: {value}" for key, value in pairs]
-    mixed = rng.permutation(count)
-    turns = [(_REQUEST, "\n".join(listed[index] for index in mixed))]
-    if rng.random() < TALKS:
-        turns = [(f"{pairs[index][0]}?", pairs[index][1]) for index in mixed]
+    return pairs, [pairs[index] for index in rng.permutation(count)]
+
+
+def _row(seed: int, pairs: Sequence[tuple[str, str]], turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     messages: list[dict[str, str]] = []
     for asked, answer in turns:
-        text = asked if messages else "\n".join([*listed, "", asked])
+        text = asked if messages else "\n".join([*(f"{key}: {value}" for key, value in pairs), "", asked])
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kind": "pairs", "seed": seed}

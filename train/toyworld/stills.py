@@ -8,9 +8,11 @@ learned to describe answers questions soon, but not without being asked any.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ivcore.files import write_beside
@@ -18,10 +20,7 @@ from train.toyworld.compose import still
 from train.toyworld.descriptions import REQUESTS
 from train.toyworld.questions import about
 from train.toyworld.render import frames
-from train.toyworld.script import SHORT_SECONDS, Script, Split, random_of, seeds
-
-TALKS = 0.5
-"""The share of pictures that are asked about, figure by figure."""
+from train.toyworld.script import SHORT_SECONDS, Figure, Script, Split, random_of, seeds
 
 BY_SHAPE = 0.7
 """The share in which the shape tells the figure: to find one by that is learned last."""
@@ -31,35 +30,45 @@ PICTURES = "pictures"
 
 
 def write_stills(folder: str | Path, split: Split, first: int, count: int) -> Path:
-    """Write a picture and a row for each of the seeds number first..first+count of a split; returns the JSONL."""
+    """Write a picture for each of the seeds number first..first+count of a split, and two rows about each.
+
+    Descriptions are in `folder`/`split`.jsonl, which is returned, questions beside it in talks.jsonl.
+    """
     folder = Path(folder)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    file = folder / f"{split}.jsonl"
-    rows = (_write(folder, seed) for seed in seeds(split, first, count))
-    write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
-    return file
+    drawn = [(still(seed), f"{PICTURES}/{seed:07}.png") for seed in seeds(split, first, count)]
+    for script, path in drawn:
+        if not (folder / path).exists():
+            (picture,) = frames(script, random_of(script.seed, 9).uniform(0, SHORT_SECONDS, 1))
+            Image.fromarray(picture).save(folder / path)
+    for name, make in (("talks", talk), (split, description)):
+        rows = "".join(f"{json.dumps(make(script, path))}\n" for script, path in drawn)
+        write_beside(folder / f"{name}.jsonl", rows.encode())
+    return folder / f"{split}.jsonl"
 
 
-def _write(folder: Path, seed: int) -> dict[str, Any]:
-    script, path = still(seed), f"{PICTURES}/{seed:07}.png"
-    if not (folder / path).exists():
-        rng = random_of(seed, 9)
-        (picture,) = frames(script, rng.uniform(0, SHORT_SECONDS, 1))
-        Image.fromarray(picture).save(folder / path)
-    return row(script, path)
-
-
-def row(script: Script, path: str) -> dict[str, Any]:
-    """The JSONL's object of a script whose picture is at `path`: its figures in an order of chance, each once."""
+def description(script: Script, path: str) -> dict[str, Any]:
+    """A row about a script whose picture is at `path`: its figures in an order of chance, each once."""
     rng = random_of(script.seed, 10)
-    listed = [script.figures[index] for index in rng.permutation(len(script.figures))]
-    if rng.random() < TALKS:
-        questions = [about(rng, "colour" if rng.random() < BY_SHAPE else "shape", figure) for figure in listed]
-        kind, turns = "still", [(question.text, question.answer) for question in questions]
-    else:
-        way = "shape" if rng.random() < BY_SHAPE else "colour"
-        said = "; ".join(" ".join(reversed(each.name) if way == "shape" else each.name) for each in listed)
-        kind, turns = f"still by {way}", [(REQUESTS[way], said)]
+    way = "shape" if rng.random() < BY_SHAPE else "colour"
+    named = [figure.name for figure in _mixed(rng, script)]
+    said = "; ".join(" ".join(reversed(name) if way == "shape" else name) for name in named)
+    return _row(script, f"still by {way}", path, [(REQUESTS[way], said)])
+
+
+def talk(script: Script, path: str) -> dict[str, Any]:
+    """As `description`, but every figure is asked about, by its shape or its colour."""
+    rng = random_of(script.seed, 12)
+    listed = _mixed(rng, script)
+    questions = [about(rng, "colour" if rng.random() < BY_SHAPE else "shape", figure) for figure in listed]
+    return _row(script, "still", path, [(question.text, question.answer) for question in questions])
+
+
+def _mixed(rng: np.random.Generator, script: Script) -> list[Figure]:
+    return [script.figures[index] for index in rng.permutation(len(script.figures))]
+
+
+def _row(script: Script, kind: str, path: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for asked, answer in turns:
         text = {"type": "text", "text": asked}
