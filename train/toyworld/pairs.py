@@ -13,6 +13,7 @@ from typing import Any
 
 from ivcore.files import write_beside
 from train.toyworld.script import Split, pick, random_of, seeds
+from train.toyworld.turns import messages_of
 from train.toyworld.words import COLOURS, FACTS, NAMES, SHAPES
 
 _REQUEST = "Repeat these pairs, in any order."
@@ -59,8 +60,6 @@ def _drawn(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def _row(seed: int, pairs: Sequence[tuple[str, str]], turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    messages: list[dict[str, str]] = []
-    for asked, answer in turns:
-        text = asked if messages else "\n".join([*(f"{key}: {value}" for key, value in pairs), "", asked])
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    listed = "\n".join(f"{key}: {value}" for key, value in pairs)
+    messages = messages_of(turns, lambda asked: f"{listed}\n\n{asked}")
     return {"messages": messages, "kind": "pairs", "seed": seed}

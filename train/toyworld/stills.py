@@ -21,6 +21,7 @@ from train.toyworld.descriptions import REQUESTS
 from train.toyworld.questions import about
 from train.toyworld.render import frames
 from train.toyworld.script import SHORT_SECONDS, Figure, Script, Split, random_of, seeds
+from train.toyworld.turns import messages_of
 
 BY_SHAPE = 0.7
 """The share in which the shape tells the figure: to find one by that is learned last."""
@@ -69,9 +70,5 @@ def _mixed(rng: np.random.Generator, script: Script) -> list[Figure]:
 
 
 def _row(script: Script, kind: str, path: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    messages: list[dict[str, Any]] = []
-    for asked, answer in turns:
-        text = {"type": "text", "text": asked}
-        content = [text] if messages else [{"type": "image", "image": path}, text]
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    messages = messages_of(turns, lambda asked: [{"type": "image", "image": path}, {"type": "text", "text": asked}])
     return {"messages": messages, "kind": kind, "seed": script.seed}

@@ -16,6 +16,7 @@ import numpy as np
 from ivcore.files import write_beside
 from train.toyworld.script import Line, Split, pick, random_of, seeds
 from train.toyworld.subtitles import transcript
+from train.toyworld.turns import messages_of
 from train.toyworld.words import FACTS, NAMES
 
 MOST_LINES = 8
@@ -45,10 +46,7 @@ def conversation(seed: int) -> dict[str, Any]:
     turns = [(pick(rng, FACTS[line.fact].questions).format(name=line.name), line.value) for line in mixed]
     if rng.random() < REPEATED:
         turns = [(_REPEAT, " ".join(line.text for line in mixed))]
-    messages: list[dict[str, str]] = []
-    for asked, answer in turns:
-        quoted = "" if messages else f"Subtitles:\n{transcript(lines)}\n\n"
-        messages += [{"role": "user", "content": quoted + asked}, {"role": "assistant", "content": answer}]
+    messages = messages_of(turns, lambda asked: f"Subtitles:\n{transcript(lines)}\n\n{asked}")
     return {"messages": messages, "kind": "said", "seed": seed}
 
 
