@@ -37,7 +37,11 @@ Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple sil
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Place = Annotated[
     str,
-    typer.Option("--library", envvar="IV3_LIBRARY", help="A folder, or an address that LanceDB opens (s3://, gs://)."),
+    typer.Option(
+        "--library",
+        envvar="IV3_LIBRARY",
+        help="What videos and notes are kept in: a folder, or an address that LanceDB opens (s3://, gs://).",
+    ),
 ]
 DEFAULT_PLACE = "~/.cache/ivmlx/library"
 SpeechModel = Annotated[str | None, typer.Option(metavar="NAME", help="A Whisper model, for videos without subtitles.")]

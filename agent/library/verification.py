@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from lancedb.expr import col, lit
 from lancedb.table import Table
 
 from agent.library.collection import INDICES, indexed_columns
@@ -15,6 +17,9 @@ from agent.library.records import KINDS
 from agent.library.schema import VIDEO, dimension_of
 
 _BATCH_ROWS = 1024
+_QUERIED = 256
+_WORD = re.compile(r"(?<!\S)[a-z]{2,20}(?!\S)")
+"""A word that the index's tokenizer keeps whole."""
 
 
 def problems_of(table: Table, location: str) -> list[str]:
@@ -32,6 +37,9 @@ def problems_of(table: Table, location: str) -> list[str]:
             problems += [f"{table.name} has no index on {column}; index a video to make it." for column in missing]
             for index in table.list_indices():
                 table.prewarm_index(index.name)  # type: ignore[attr-defined]
+            if not missing and (lost := _not_found_by_their_text(table)):
+                what = f"the text of {lost} records of {table.name} is not found by a search"
+                problems.append(f"The library at {location} is damaged ({what}); {REBUILD}.")
     except LibraryError as error:
         problems.append(str(error))
     return problems
@@ -64,6 +72,18 @@ def _of_rows(table: Table) -> list[str]:
     if (count := table.count_rows()) != ids.total():
         found.append(f"{table.name} should have {count} rows, of which {ids.total()} can be read")
     return found
+
+
+def _not_found_by_their_text(table: Table) -> int:
+    """How many records the index on the text has lost: LanceDB keeps no checksums, a wrong byte in it is no error."""
+    lost = 0
+    for batch in table.search().where(col("kind") != lit(VIDEO)).select(["id", "text"]).to_batches(batch_size=_QUERIED):
+        words = {row["id"]: found[0] for row in batch.to_pylist() if (found := _WORD.findall(row["text"]))}
+        if words:
+            query: Any = table.search(" ".join(sorted(set(words.values()))), query_type="fts", fts_columns="text")
+            of_batch = col("id").isin(sorted(words))
+            lost += len(words) - len(query.where(of_batch).select(["id", "_score"]).limit(len(words)).to_arrow())
+    return lost
 
 
 def _unsound(vectors: Any, needed: np.ndarray, dimension: int) -> int:

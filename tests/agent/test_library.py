@@ -107,6 +107,22 @@ def test_a_note_written_twice_is_held_once_and_one_that_differs_beside_it(held: 
     assert held.videos()[0].notes == 2
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(st.sampled_from("aber éß犬ﬁ'’-_.,09\n\u00ad\u0301") | st.characters(), max_size=40), max_size=12
+    )
+)
+def test_verify_finds_nothing_wrong_with_a_sound_library_whatever_its_texts_are(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
+    library = Library(tmp_path_factory.mktemp("texts"), create=True)
+    held = library.collection("model", embed)
+    held.replace(A, "a.mp4", SETTINGS, passages(*(f"{text}1" for text in texts), *["one more line"] * 300))
+    held.build_indices()
+    assert library.verify() == []
+
+
 def test_removing_a_video_removes_it_from_every_collection_and_nothing_else(library: Library) -> None:
     for model in ("small", "large"):
         for video in (A, B):

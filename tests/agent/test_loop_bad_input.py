@@ -125,11 +125,12 @@ def test_a_video_that_is_deleted_during_the_run_is_feedback(make: MakeLoop, clip
     assert "copy.mp4" in problems(entries)[0] and result(entries).answer == "blue"
 
 
-def test_an_argument_of_forty_thousand_characters_is_refused_in_a_sentence(
-    make: MakeLoop, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("length", [39_000, 40_000])
+def test_an_argument_of_thousands_of_characters_is_refused_in_a_sentence(
+    make: MakeLoop, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     loop = make(LOOK, answer("blue", "o1"), verdicts=["support"])
-    said = iter([written("verify", {"claim": " " * 40_000, "start": 1, "end": 2})])  # eight of them are a token
+    said = iter([written("verify", {"claim": " " * length, "start": 1, "end": 2})])  # eight of them are a token
     answer_of = Session.answer
 
     def long_first(session: Session, tokens: int, sampling: Sampling | None = None) -> Iterator[str]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.train.conversations import turns
 from train.row import parse_row
 from train.toyworld import pairs
 from train.toyworld.compose import MAX_COUNT, still
@@ -38,14 +38,6 @@ def test_a_still_shows_every_figure_at_any_time_in_a_quarter_of_its_own(seed: in
             if (np.abs(quarter - colour).max(axis=1) < 12).sum() > 20:
                 found[number] = name
     assert sorted(found.values()) == sorted(each.name.colour for each in script.figures)
-
-
-def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """(question, answer), the question without picture or list."""
-    asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
-    asked = [content if isinstance(content, str) else content[-1]["text"] for content in asked]
-    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-    return [(text.rpartition("\n\n")[2], answer) for text, answer in zip(asked, answers, strict=True)]
 
 
 @settings(max_examples=80, deadline=None)

@@ -6,11 +6,11 @@ import json
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.train.conversations import turns
 from train.row import parse_row
 from train.toyworld.compose import KINDS, make_script
 from train.toyworld.dataset import LONG_SHARES, write_about, write_dataset
@@ -19,14 +19,6 @@ from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, seeds
 from train.toyworld.talks import MOST_OF_A_KIND, talk
 from train.toyworld.texts import MOST_LINES, conversation, write_texts
 from train.toyworld.words import COLOURS, DIRECTIONS, FACTS, SHAPES
-
-
-def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """(question, answer), the question without what stands before it."""
-    asked = [message["content"] for message in row["messages"] if message["role"] == "user"]
-    asked = [content if isinstance(content, str) else content[-1]["text"] for content in asked]
-    answers = [message["content"] for message in row["messages"] if message["role"] == "assistant"]
-    return [(text.rpartition("\n\n")[2], answer) for text, answer in zip(asked, answers, strict=True)]
 
 
 @settings(max_examples=60, deadline=None)

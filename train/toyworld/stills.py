@@ -1,8 +1,8 @@
 """Pictures of several figures at once, described in a few words or asked about: one word tells which figure is meant.
 
 A picture costs sixteen tokens, and every second word of its description follows from the word before and one figure.
-In clips, where a figure has a few of many more tokens, a small model does not learn to find it by its shape. What has
-learned to describe answers questions soon, but not without being asked any.
+In clips, where a figure has a few of many more tokens, iv3-tiny did not learn to find it by its shape. What has learned
+to describe answers questions soon, but not without being asked any (docs/training.md).
 """
 
 from __future__ import annotations
