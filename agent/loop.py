@@ -7,9 +7,10 @@ appended, so whoever iterates can show it, write it to a trace, or stop: the sta
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
@@ -150,11 +151,19 @@ class Loop:
             if parsed.name not in self._tools:
                 there = ", ".join((*self._tools, Answering.name))
                 raise ToolError(f"there is no tool {parsed.name[:40]!r}; there are {there}.")
-            shown = call(self._tools[parsed.name], parsed.arguments)
+            shown = self._used(parsed.name, parsed.arguments)
         except IvError as error:  # of the fresh looks at an answer, any; of a tool, ToolError
             yield Feedback(call=made.id, problem=str(error))
             return
         yield from self._take_in(made, shown)
+
+    def _used(self, name: str, arguments: Mapping[str, Any]) -> Shown:
+        """What a tool shows, which looks no more where a budget ends."""
+        self.workspace.limit = self._stopped
+        try:
+            return call(self._tools[name], arguments)
+        finally:
+            self.workspace.limit = None
 
     def _take_in(self, made: Call, shown: Shown) -> Iterator[Entry]:
         quoted = "\n".join(shown.quoted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from agent.session import Session, Spent
 from agent.spans import Span
 from ivcore.backend import Model
-from ivcore.errors import MediaError
+from ivcore.errors import IvError, MediaError
 from ivcore.media import Mode
 from ivcore.tokenizer import Tokenizer
 from ivcore.video import Clip, decode, probe
@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from agent.library import Collection
 
 
+class BudgetReached(IvError):
+    """A look that a budget has no room for."""
+
+
 @dataclass
 class Workspace:
     """spent: what fresh looks cost, together. notes: where `note` writes and `recall` and `search` read, None for
     nowhere. speech_model, language: for speech recognition, see agent.transcript. frame_tokens: the most tokens of a
     pair of frames, None for what the checkpoint says. frames: that were decoded so far. most_fps, most_frames: of any
     one look, whatever a tool asks for.
-    memo: what a tool has found out, by all that it follows from; runs about one video may share it.
+    memo: what a tool has found out, by all that it follows from; runs about one video may share it. limit: asked before
+    every look for what a budget has come to; None while there is room.
     """
 
     video: Path
@@ -43,6 +48,7 @@ class Workspace:
     most_fps: float | None = None
     most_frames: int | None = None
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    limit: Callable[[], str | None] | None = None
 
     @property
     def duration(self) -> float:
@@ -50,7 +56,9 @@ class Workspace:
         return probe(self.video).duration
 
     def look(self, span: Span, *, fps: float, most: int, keyframes: bool = False) -> Clip:
-        """Frames of a span, at most so many, counted."""
+        """Frames of a span, at most so many, counted. BudgetReached where there is no room for more."""
+        if self.limit is not None and (reached := self.limit()) is not None:
+            raise BudgetReached(f"stopped before it was done, at {reached}.")
         if not self.video.exists():
             raise MediaError(f"{self.video} is not there any more; put it back, and look again.")
         mode: Mode = "keyframes" if keyframes else "uniform"

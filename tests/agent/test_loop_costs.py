@@ -19,7 +19,7 @@ from agent.session import Session
 from ivcore.prompt import build_inputs
 from ivcore.sampling import Sampling
 from tests.agent.commands import answer, film
-from tests.agent.loops import LOOK, MakeLoop, maker, result, run
+from tests.agent.loops import LOOK, MakeLoop, maker, problems, result, run
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,15 @@ def test_the_budget_of_a_question_is_its_own(make: MakeLoop, monkeypatch: pytest
         now[0] += 3_600  # in which the person thinks
     assert end.cost.frames == 12
     assert sum(each.prefilled for each in loop.context.of(Result)) == end.cost.prefilled
+
+
+def test_a_tool_that_looks_many_times_stops_where_the_budget_ends(make: MakeLoop) -> None:
+    search = written("ground", {"description": "a circle"})
+    whole = run(make(search, LOOK, answer("blue", "o1"), tools=["ground", "look"], verdicts=["support"]))
+    used = next(each.cost.frames for each in whole if isinstance(each, Feedback))
+    entries = run(make(search, tools=["ground"], budget=Budget(frames=8)))
+    assert problems(entries) == ["ground: stopped before it was done, at 8 frames."]
+    assert result(entries).stopped == "8 frames" and 8 <= result(entries).frames < used
 
 
 def test_time_in_which_the_loop_works_counts(make: MakeLoop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "short-talks", "texts",
     ),
     "sft-long": (
-        "stills-talks", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts", "long-descriptions",
-        "long-talks", "long",
+        "stills", "stills-talks", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts",
+        "long-descriptions", "long-talks", "long",
     ),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
