@@ -1,4 +1,4 @@
-"""Pictures and pairs: what a row says is what its picture or its list shows, and each of it once."""
+"""Pictures, words and pairs: what a row says is what its picture or its list shows, and each of it once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.train.conversations import turns
 from train.row import parse_row
-from train.toyworld import pairs
+from train.toyworld import copies, pairs
 from train.toyworld.compose import MAX_COUNT, still
 from train.toyworld.render import frames
 from train.toyworld.script import SHORT_SECONDS, SIZE, Script
@@ -78,6 +78,16 @@ def test_pairs_are_repeated_and_asked_about_each_once_and_no_key_or_value_is_the
     assert any(set(values) <= set(fact.values) for fact in FACTS.values())
 
 
+@settings(max_examples=80, deadline=None)
+@given(seed=any_seed)
+def test_words_are_repeated_in_their_own_order_none_twice(seed: int) -> None:
+    row = copies.copy(seed)
+    ((_, said),) = turns(row)
+    assert row["messages"][0]["content"].partition("\n\n")[0] == said
+    words = re.findall(r"\w+", said)
+    assert copies.FEWEST <= len(words) == len(set(words)) <= copies.MOST
+
+
 def test_orders_and_ways_differ_from_row_to_row() -> None:
     described = [turns(description(still(seed), "p.png"))[0][0] for seed in range(200)]
     assert 0.55 < np.mean(["shapes" in asked for asked in described]) < 0.85
@@ -87,8 +97,9 @@ def test_orders_and_ways_differ_from_row_to_row() -> None:
 
 
 def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> None:
-    stills, listed = (
+    stills, words, listed = (
         write_stills(tmp_path / "stills", "train", 0, 3),
+        copies.write_copies(tmp_path / "copies", "train", 0, 3),
         pairs.write_pairs(tmp_path / "pairs", "train", 0, 3),
     )
     rows = [json.loads(line) for line in stills.read_text().splitlines()]
@@ -97,7 +108,7 @@ def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> 
     assert len(paths) == 3
     for path in paths:
         assert np.asarray(Image.open(path)).shape == (SIZE, SIZE, 3)
-    for file in (listed, *(each.with_name("talks.jsonl") for each in (stills, listed))):
+    for file in (words, listed, *(each.with_name("talks.jsonl") for each in (stills, listed))):
         assert [parse_row(json.loads(line), file.parent, "sft").id for line in file.read_text().splitlines()]
     before = {path: path.stat().st_mtime_ns for path in paths}
     assert write_stills(tmp_path / "stills", "train", 0, 3) == stills

@@ -31,6 +31,7 @@ from ivcore.errors import IvError, TrainingError
 from ivcore.files import write_beside
 from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
+from train.toyworld.copies import write_copies
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
 from train.toyworld.descriptions import description
 from train.toyworld.pairs import write_pairs
@@ -59,8 +60,8 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, PAIRS, TEXTS = 20_000, 12_000, 12_000
-"""Pictures of several figures; lists of pairs; transcripts without a clip, each asked about in all of its lines."""
+STILLS, COPIES, PAIRS, TEXTS = 20_000, 12_000, 12_000, 12_000
+"""Pictures of several figures; words and pairs; transcripts without a clip, each asked about in all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
     "long": (200, LONG_SHARES, LONG_SECONDS),
@@ -75,7 +76,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "short-talks", "texts",
     ),
     "sft-long": (
-        "stills", "stills-talks", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts",
+        "stills", "stills-talks", "copies", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts",
         "long-descriptions", "long-talks", "long",
     ),
     "rl": ("spans", "long-spans"),
@@ -181,6 +182,7 @@ def write_data(base: Path, data: Path) -> None:
                 write_about(file, make, "train", first, clips, shares=shares, duration=duration)
     for name, write, count in (
         ("stills", write_stills, STILLS),
+        ("copies", write_copies, COPIES),
         ("pairs", write_pairs, PAIRS),
         ("texts", write_texts, TEXTS),
     ):
