@@ -1,4 +1,4 @@
-"""Pictures, words and pairs: what a row says is what its picture or its list shows, and each of it once."""
+"""Pictures, moves, words and pairs: what a row says is what its picture or its list shows, and each of it once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.train.conversations import turns
 from train.row import parse_row
-from train.toyworld import copies, pairs
+from train.toyworld import copies, moves, pairs
 from train.toyworld.compose import MAX_COUNT, still
 from train.toyworld.render import frames
 from train.toyworld.script import SHORT_SECONDS, SIZE, Script
@@ -78,6 +78,21 @@ def test_pairs_are_repeated_and_asked_about_each_once_and_no_key_or_value_is_the
     assert any(set(values) <= set(fact.values) for fact in FACTS.values())
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=any_seed)
+def test_every_figure_s_way_is_told_and_asked_for_once_and_the_clip_shows_it(seed: int) -> None:
+    script = still(seed)
+    ((_, said),) = turns(moves.description(script))
+    assert sorted(said.split("; ")) == sorted(f"{each.name} {each.direction}" for each in script.figures)
+    asked = turns(moves.talk(script))
+    assert sorted(answer for _, answer in asked) == sorted(each.direction for each in script.figures)
+    assert all(sum(str(each.name) in text for text, _ in asked) == 1 for each in script.figures)
+    for each in script.figures:
+        (x0, y0), (x1, y1) = each.centre(np.array([0.0, SHORT_SECONDS - 0.1]))
+        along = {"left": x0 - x1, "right": x1 - x0, "up": y0 - y1, "down": y1 - y0}
+        assert max(along, key=along.__getitem__) == each.direction and along[each.direction] > 5
+
+
 @settings(max_examples=80, deadline=None)
 @given(seed=any_seed)
 def test_words_are_repeated_in_their_own_order_none_twice(seed: int) -> None:
@@ -97,8 +112,9 @@ def test_orders_and_ways_differ_from_row_to_row() -> None:
 
 
 def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> None:
-    stills, words, listed = (
+    stills, moved, words, listed = (
         write_stills(tmp_path / "stills", "train", 0, 3),
+        moves.write_moves(tmp_path / "moves", "train", 0, 3),
         copies.write_copies(tmp_path / "copies", "train", 0, 3),
         pairs.write_pairs(tmp_path / "pairs", "train", 0, 3),
     )
@@ -108,7 +124,7 @@ def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> 
     assert len(paths) == 3
     for path in paths:
         assert np.asarray(Image.open(path)).shape == (SIZE, SIZE, 3)
-    for file in (words, listed, *(each.with_name("talks.jsonl") for each in (stills, listed))):
+    for file in (moved, words, listed, *(each.with_name("talks.jsonl") for each in (stills, moved, listed))):
         assert [parse_row(json.loads(line), file.parent, "sft").id for line in file.read_text().splitlines()]
     before = {path: path.stat().st_mtime_ns for path in paths}
     assert write_stills(tmp_path / "stills", "train", 0, 3) == stills

@@ -96,6 +96,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
         "LAYOUTS": ("norm",),
         "RATIOS": (2,),
         "STILLS": 3,
+        "MOVES": 3,
         "COPIES": 3,
         "PAIRS": 3,
         "TEXTS": 3,

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.copies import write_copies
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
 from train.toyworld.descriptions import description
+from train.toyworld.moves import write_moves
 from train.toyworld.pairs import write_pairs
 from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION, Script
 from train.toyworld.stills import write_stills
@@ -60,8 +62,8 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, COPIES, PAIRS, TEXTS = 20_000, 12_000, 12_000, 12_000
-"""Pictures of several figures; words and pairs; transcripts without a clip, each asked about in all of its lines."""
+STILLS, MOVES, COPIES, PAIRS, TEXTS = 20_000, 6_000, 12_000, 12_000, 12_000
+"""Pictures and clips of several figures at once; words and pairs; transcripts, each asked about in all of its lines."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
     "long": (200, LONG_SHARES, LONG_SECONDS),
@@ -76,8 +78,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "short-talks", "texts",
     ),
     "sft-long": (
-        "stills", "stills-talks", "copies", "pairs", "pairs-talks", "short-descriptions", "short-talks", "texts",
-        "long-descriptions", "long-talks", "long",
+        "stills", "stills-talks", "moves", "moves-talks", "copies", "pairs", "pairs-talks", "short-descriptions",
+        "short-talks", "texts", "long-descriptions", "long-talks", "long",
     ),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
@@ -182,6 +184,7 @@ def write_data(base: Path, data: Path) -> None:
                 write_about(file, make, "train", first, clips, shares=shares, duration=duration)
     for name, write, count in (
         ("stills", write_stills, STILLS),
+        ("moves", partial(write_moves, workers=workers), MOVES),
         ("copies", write_copies, COPIES),
         ("pairs", write_pairs, PAIRS),
         ("texts", write_texts, TEXTS),

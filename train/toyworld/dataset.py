@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from train.toyworld.questions import Question, ask, kinds_of
 from train.toyworld.render import write_clip
 from train.toyworld.script import SHORT_SECONDS, WORLD_VERSION, Script, Split, random_of, seeds
 from train.toyworld.subtitles import transcript
+
+T = TypeVar("T")
 
 # Without "before_after", the new kind of question to be learned later, "rare", which takes a long clip, and "absent".
 BASE_SHARES: Mapping[str, float] = {
@@ -57,16 +59,19 @@ def write_dataset(
     """
     folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    make = partial(_write_rows, folder, shares, duration, all_kinds)
-    if workers == 1:
-        rows = [make(seed) for seed in seeds(split, first, count)]
-    else:
-        # A forked child of a process with threads may hang.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(make, seeds(split, first, count), chunksize=16))
+    rows = in_processes(partial(_write_rows, folder, shares, duration, all_kinds), seeds(split, first, count), workers)
     file = folder / f"{split}.jsonl"
     write_beside(file, "".join(rows).encode())
     return file
+
+
+def in_processes(make: Callable[[int], T], seeds: Sequence[int], workers: int) -> list[T]:
+    """What `make` makes of each seed, in their order."""
+    if workers == 1:
+        return [make(seed) for seed in seeds]
+    # A forked child of a process with threads may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(make, seeds, chunksize=16))
 
 
 def write_about(
