@@ -35,6 +35,7 @@ from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
 from train.toyworld.copies import write_copies
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
 from train.toyworld.descriptions import description
+from train.toyworld.echoes import write_echoes
 from train.toyworld.moves import write_moves
 from train.toyworld.pairs import write_pairs
 from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION, Script
@@ -62,8 +63,9 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, MOVES, COPIES, PAIRS, TEXTS = 20_000, 6_000, 12_000, 12_000, 12_000
-"""Pictures and clips of several figures at once; words and pairs; transcripts, each asked about in all of its lines."""
+STILLS, MOVES, COPIES, PAIRS, TEXTS, ECHOES = 20_000, 6_000, 12_000, 12_000, 12_000, 20_000
+"""Pictures and clips of several figures at once; words and pairs; transcripts, each asked about in all of its lines;
+lists of words and times."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
     "long": (200, LONG_SHARES, LONG_SECONDS),
@@ -83,7 +85,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
     ),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
-    "sft-act": ("runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
+    "sft-act": ("echoes", "runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
     "rl-act": ("questions",),
 }  # fmt: skip
 """What each stage's rows are from."""
@@ -188,6 +190,7 @@ def write_data(base: Path, data: Path) -> None:
         ("copies", write_copies, COPIES),
         ("pairs", write_pairs, PAIRS),
         ("texts", write_texts, TEXTS),
+        ("echoes", write_echoes, ECHOES),
     ):
         if not (data / name / "train.jsonl").exists():
             write(data / name, "train", TRAIN_CLIPS, count)
