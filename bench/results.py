@@ -2,20 +2,22 @@
 
     python bench/results.py [--base build/tiny-base] [--tiny build/tiny] [--jobs 2]
 
-Every checkpoint's answers, its speed and what it was measured from are kept in TINY/results.
+Every checkpoint's answers and its speed are kept in docs/results, with the digest of its weights: the page is written
+from those files, so a checkpoint need not be there any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,10 +27,12 @@ import numpy as np
 
 from agent.calibration import mixture
 from bench.memory import environment
-from bench.results_page import document
+from bench.results_page import Findings, document
 from convert.m2la.options import PLAIN_SVD, Method, Options
 from convert.m2la.run import convert_attention
+from convert.record import RECORD, Record
 from ivcore.backend import BackendName, load
+from ivcore.config import ModelConfig
 from ivcore.files import write_beside
 from ivcore.inputs import ModelInputs
 from ivcore.prompt import build_inputs
@@ -49,6 +53,8 @@ ABLATIONS: Mapping[str, Method] = {
     "all layers alike": Method(per_layer=False),
     "joint SVD of the weights": PLAIN_SVD,
 }
+METHODS: Mapping[str, Method] = {"the whole method": Method(), **ABLATIONS}
+
 USUAL, FEW, MANY = Framing(fps=2.0), Framing(fps=1.0, min_frames=4), Framing(fps=4.0)
 """How clips are seen: as the processor's config says; as the student of the last stage sees them, and its teacher."""
 
@@ -61,6 +67,8 @@ VIEWS: Mapping[str, tuple[str, Framing]] = {
 """Held-out rows, and how their clips are seen."""
 
 BACKENDS: tuple[BackendName, ...] = ("torch", "mlx")
+DTYPES = ("float32", "float16")
+"""What iv3-tiny is run in on both; the second is what it is stored in beside its 8 bits."""
 
 PROMPT, DECODED, RUNS = 1024, 64, 5
 """Tokens of the prompt and of the answer whose speed is measured, and how often."""
@@ -75,12 +83,26 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a checkpoint is run by, and what that computes in."""
+
+    backend: BackendName = "torch"
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.dtype}"
+
+
+_USUAL_RUN = Run()
+
+
+@dataclass(frozen=True)
 class Task:
     """A checkpoint and what it is asked, in one process."""
 
     folder: Path
     views: tuple[str, ...]
-    backend: BackendName = "torch"
+    run: Run = _USUAL_RUN
 
 
 def main() -> None:
@@ -88,51 +110,59 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("build/tiny-base"))
     parser.add_argument("--tiny", type=Path, default=Path("build/tiny"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    out = given.tiny / "results"
+    kept, scratch = given.page.with_suffix(""), given.tiny / "results"
     if given.task:
-        folder, views, backend = json.loads(given.task)
-        work(out, Task(Path(folder), tuple(views), backend))
+        folder, views, backend, dtype = json.loads(given.task)
+        work(kept, scratch, Task(Path(folder), tuple(views), Run(backend, dtype)))
         return
-    write_rows(given.base, given.tiny, out)
-    ablated = convert_ablations(given.base / "model", out)
-    table = list(entries(given.base, given.tiny))
+    write_rows(given.base, given.tiny, scratch)
+    convert_ablations(given.base / "model", scratch)
+    table, ablated = entries(given.base, given.tiny), ablations(scratch)
+    twins = [(given.tiny / TINY, dtype) for dtype in DTYPES]
     tasks = [Task(folder, tuple(views_of(entry.name))) for entry in table for folder in entry.folders]
     tasks += [Task(folder, ("short",)) for entry in ablated for folder in entry.folders]
-    twins = [folder for folder in (given.tiny / f"final-{SEEDS[0]}", given.tiny / TINY) if folder.exists()]
-    tasks += [Task(folder, ("short", "long"), "mlx") for folder in twins]
+    tasks += [Task(folder, ("short", "long"), Run(name, dtype)) for folder, dtype in twins for name in BACKENDS]
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(partial(start, given, out), tasks))
-    speeds = {entry.name: speed(out, entry.folders[0]) for entry in table}
-    page = document(
-        table={entry.name: [kept(out, folder) for folder in entry.folders] for entry in table},
-        ablated={entry.name: [kept(out, folder) for folder in entry.folders] for entry in ablated},
-        twins={folder.name: [kept(out, folder, backend) for backend in BACKENDS] for folder in twins},
-        folders={entry.name: entry.folders[0] for entry in [*table, *ablated]},
-        speeds=speeds,
-    )
-    write_beside(given.out, page.encode())
-    print(given.out)
+        list(pool.map(partial(start, given, kept), [task for task in dict.fromkeys(tasks) if task.folder.exists()]))
+    for entry in table:
+        measure_speed(kept, entry.folders[0])
+
+    def of(entries: Sequence[Entry]) -> dict[str, list[Findings]]:
+        found = {entry.name: [findings(kept, folder) for folder in entry.folders] for entry in entries}
+        return {name: there for name, each in found.items() if (there := [one for one in each if one])}
+
+    both = {dtype: [findings(kept, folder, Run(name, dtype)) for name in BACKENDS] for folder, dtype in twins}
+    page = document(of(table), of(ablated), {name: each for name, each in both.items() if all(each)})
+    write_beside(given.page, page.encode())
+    print(given.page)
 
 
-def entries(base: Path, tiny: Path) -> Iterator[Entry]:
-    """The rows of the table that there are, in the order of the recipe."""
+def entries(base: Path, tiny: Path) -> list[Entry]:
+    """The rows of the table, in the order of the recipe."""
     variants = [f"{layout}-{ratio}" for layout in LAYOUTS for ratio in RATIOS]
-    all_of_them = [Entry("base", (base / "model",))]
-    all_of_them += [Entry(f"{variant}, converted", (tiny / variant,)) for variant in variants]
-    all_of_them += [
-        Entry(f"{variant}, cpt", tuple(tiny / f"{variant}-cpt-{seed}/model" for seed in SEEDS)) for variant in variants
+    return [
+        Entry("base", (base / "model",)),
+        *(Entry(f"{variant}, converted", (tiny / variant,)) for variant in variants),
+        *(
+            Entry(f"{variant}, cpt", tuple(tiny / f"{variant}-cpt-{seed}/model" for seed in SEEDS))
+            for variant in variants
+        ),
+        *(Entry(stage, tuple(tiny / f"{stage}-{seed}/model" for seed in SEEDS)) for stage in CHAIN[:-1]),
+        Entry(CHAIN[-1], tuple(tiny / f"final-{seed}" for seed in SEEDS)),
+        Entry("iv3-tiny, 8 bits", (tiny / TINY,)),
     ]
-    for stage in CHAIN[:-1]:
-        all_of_them.append(Entry(stage, tuple(tiny / f"{stage}-{seed}/model" for seed in SEEDS)))
-    all_of_them.append(Entry(CHAIN[-1], tuple(tiny / f"final-{seed}" for seed in SEEDS)))
-    all_of_them.append(Entry("iv3-tiny, 8 bits", (tiny / TINY,)))
-    for entry in all_of_them:
-        there = tuple(folder for folder in entry.folders if (folder / "config.json").exists())
-        if there:
-            yield replace(entry, folders=there)
+
+
+def ablations(scratch: Path) -> list[Entry]:
+    """The whole method and each part left out, at every ratio."""
+    return [
+        Entry(f"ratio {ratio}, {name}", (scratch / f"ablation-{ratio}-{name.replace(' ', '-')}",))
+        for ratio in RATIOS
+        for name in METHODS
+    ]
 
 
 def views_of(entry: str) -> Iterator[str]:
@@ -144,89 +174,103 @@ def views_of(entry: str) -> Iterator[str]:
         yield "many"
 
 
-def write_rows(base: Path, tiny: Path, out: Path) -> None:
+def write_rows(base: Path, tiny: Path, scratch: Path) -> None:
     """The held-out rows as meta files: those of the base's kinds, all short ones, the long ones."""
     known = base / "data/heldout.jsonl"
     others = {name: tiny / f"data/{name}/heldout.jsonl" for name in ("said", "new", "long")}
     sets = {"known": ("known",), "short": ("known", "said", "new"), "long": ("long",)}
     files = {"known": known, **others}
-    (out / "rows").mkdir(parents=True, exist_ok=True)
+    (scratch / "rows").mkdir(parents=True, exist_ok=True)
     for name, parts in sets.items():
         meta = {
             part: {"annotation": str(files[part].resolve()), "media_root": str(files[part].resolve().parent)}
             for part in parts
         }
-        write_beside(out / f"rows/{name}.json", json.dumps(meta).encode())
+        write_beside(scratch / f"rows/{name}.json", json.dumps(meta).encode())
 
 
-def convert_ablations(model: Path, out: Path) -> list[Entry]:
-    """The base converted with the whole method and with each part left out, at every ratio, in the norm layout."""
-    made = []
+def convert_ablations(model: Path, scratch: Path) -> None:
+    """Convert the base by each method, at every ratio, in the norm layout."""
     prompts: list[list[ModelInputs]] = []
-    for ratio in RATIOS:
-        for name, method in {"the whole method": Method(), **ABLATIONS}.items():
-            target = out / "ablations" / f"{ratio}-{name.replace(' ', '-')}"
-            if not target.exists():
-                prompts = prompts or list(mixture(model, CALIBRATION))
-                options = Options(cache_ratio=ratio, method=method)
-                convert_attention(model, target, options, *prompts, backend="torch", force=True)
-            made.append(Entry(f"ratio {ratio}, {name}", (target,)))
-    return made
+    wanted = [(ratio, method) for ratio in RATIOS for method in METHODS.values()]
+    for (ratio, method), entry in zip(wanted, ablations(scratch), strict=True):
+        if not (target := entry.folders[0]).exists():
+            prompts = prompts or list(mixture(model, CALIBRATION))
+            options = Options(cache_ratio=ratio, method=method)
+            convert_attention(model, target, options, *prompts, backend="torch", force=True)
 
 
-def start(given: argparse.Namespace, out: Path, task: Task) -> None:
+def start(given: argparse.Namespace, kept: Path, task: Task) -> None:
     """Run a task in a process of its own, unless its answers are there."""
-    known = kept(out, task.folder, task.backend)
-    if all(known.get(view, {}).get("stamp") == stamp(task.folder) for view in task.views):
+    known = findings(kept, task.folder, task.run)
+    if known.get("weights") == digest(task.folder) and set(task.views) <= set(known["views"]):
         return
-    what = json.dumps([str(task.folder), task.views, task.backend])
-    command = [sys.executable, __file__, "--tiny", str(given.tiny), "--task", what]
-    print(f"{task.folder} on {task.backend}", file=sys.stderr, flush=True)
-    subprocess.run(command, check=True, env={**environment(task.backend), "OMP_NUM_THREADS": "1"})
+    what = json.dumps([str(task.folder), task.views, task.run.backend, task.run.dtype])
+    command = [sys.executable, __file__, "--tiny", str(given.tiny), "--page", str(given.page), "--task", what]
+    print(f"{task.folder} on {task.run}", file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, env={**environment(task.run.backend), "OMP_NUM_THREADS": "1"})
 
 
-def work(out: Path, task: Task) -> None:
+def work(kept: Path, scratch: Path, task: Task) -> None:
     """Ask a checkpoint everything that it has not answered yet."""
     tokenizer = Tokenizer.from_dir(task.folder)
-    model = load(task.folder, task.backend, "float32")
-    clips = ClipCache(out / "clips", 4 << 30)
+    model = load(task.folder, task.run.backend, task.run.dtype)
+    clips = ClipCache(scratch / "clips", 4 << 30)
+    known = findings(kept, task.folder, task.run)
+    if known.get("weights") != digest(task.folder):
+        known = {"weights": digest(task.folder), "cache_bytes": cache_bytes(model.config), "views": {}}
+        if (task.folder / RECORD).exists():
+            known["cost"] = Record.read(task.folder).report.get("model")
     for view in task.views:
-        if kept(out, task.folder, task.backend).get(view, {}).get("stamp") == stamp(task.folder):
+        if view in known["views"]:
             continue
         rows, framing = VIEWS[view]
         builder = SampleBuilder(tokenizer, framing, partial(build_inputs, videos=clips))
-        found: dict[str, Any] = {"stamp": stamp(task.folder), "kinds": [], "answers": [], "scores": []}
-        for row in read_rows(out / f"rows/{rows}.json", "rl"):
+        kinds: dict[str, dict[str, list[Any]]] = {}
+        for row in read_rows(scratch / f"rows/{rows}.json", "rl"):
             text = tokenizer.decode(list(model.generate(builder.prompt(row), max_tokens=32)))
-            found["kinds"].append(row.kind)
-            found["answers"].append(text)
-            found["scores"].append(float(JUDGE(row, text).total))
-        file = _file(out, task.folder, task.backend)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        all_of_them = kept(out, task.folder, task.backend) | {view: found}
-        write_beside(file, json.dumps(all_of_them).encode())
+            kind = kinds.setdefault(str(row.kind), {"answers": [], "scores": []})
+            kind["answers"].append(text)
+            kind["scores"].append(round(float(JUDGE(row, text).total), 4))
+        known["views"][view] = kinds
+        keep(kept, task.folder, known, task.run)
 
 
-def kept(out: Path, folder: Path, backend: str = "torch") -> dict[str, Any]:
-    """What a checkpoint has answered, by view."""
-    file = _file(out, folder, backend)
+def findings(kept: Path, folder: Path, run: Run = _USUAL_RUN) -> Findings:
+    """What is known of a checkpoint, empty where nothing is."""
+    file = _file(kept, folder, run)
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def stamp(folder: Path) -> int:
-    """When the checkpoint was written."""
-    return max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
+def keep(kept: Path, folder: Path, found: Findings, run: Run = _USUAL_RUN) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    write_beside(_file(kept, folder, run), (json.dumps(found, separators=(",", ":")) + "\n").encode())
 
 
-def _file(out: Path, folder: Path, backend: str) -> Path:
-    return out / "answers" / f"{'-'.join(folder.resolve().parts[-3:])}--{backend}.json"
+def _file(kept: Path, folder: Path, run: Run) -> Path:
+    """A run's or the base's result lies in a folder `model`; the others are named themselves."""
+    return kept / f"{folder.parent.name if folder.name == 'model' else folder.name}--{run}.json"
 
 
-def speed(out: Path, folder: Path) -> float:
-    """Tokens a second in decoding, after a prompt of PROMPT tokens; kept in `out`."""
-    file = out / "speed" / f"{'-'.join(folder.resolve().parts[-3:])}.json"
-    if file.exists():
-        return float(json.loads(file.read_text(encoding="utf-8")))
+def digest(folder: Path) -> str:
+    """sha256 of the checkpoint's weights."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def cache_bytes(config: ModelConfig) -> int:
+    """Of a token in the caches of all layers, in bfloat16."""
+    text = config.text
+    return 2 * sum(text.geometry.cache_width(layer) for layer in range(text.num_hidden_layers))
+
+
+def measure_speed(kept: Path, folder: Path) -> None:
+    """Tokens a second in decoding, after a prompt of PROMPT tokens, where they are not known."""
+    found = findings(kept, folder)
+    if not found or "tokens_per_second" in found:
+        return
     model = load(folder, "torch", "float32")
     ids = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
     rates = []
@@ -237,9 +281,7 @@ def speed(out: Path, folder: Path) -> float:
         for token_id in range(DECODED):
             model.decode(token_id, cache)
         rates.append(DECODED / (time.perf_counter() - started))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(file, json.dumps(median(rates)).encode())
-    return median(rates)
+    keep(kept, folder, found | {"tokens_per_second": round(median(rates), 1)})
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from convert.record import Record
-from ivcore.config import ModelConfig
 from train.tiny.pipeline import CHAIN
 from train.toyworld.dataset import BASE_SHARES
 
-Answers = Mapping[str, Any]
-"""By view: `kinds`, `answers` and `scores` of its rows."""
+Answers = Mapping[str, Mapping[str, Any]]
+"""Of one view, by kind: the `answers` and `scores` of its rows."""
+
+Findings = dict[str, Any]
+"""Of a checkpoint: `views`, each with its Answers; `cache_bytes` of a token; `tokens_per_second`; and `cost`, what its
+conversion reported of the whole model."""
 
 KNOWN = tuple(BASE_SHARES)
 """The kinds that the base was trained on; the mean is over these, each counting the same."""
@@ -41,22 +42,19 @@ RoPE key that every layer needs has 32 (`iv3 convert --cache-ratio 8` says so). 
 
 
 def document(
-    *,
-    table: Mapping[str, Sequence[Answers]],
-    ablated: Mapping[str, Sequence[Answers]],
-    twins: Mapping[str, Sequence[Answers]],
-    folders: Mapping[str, Path],
-    speeds: Mapping[str, float],
+    table: Mapping[str, Sequence[Findings]],
+    ablated: Mapping[str, Sequence[Findings]],
+    twins: Mapping[str, Sequence[Findings]],
 ) -> str:
     """The page.
 
-    table, ablated: the answers of every entry's checkpoints, one a seed. twins: of the last stage's model and of the
-    shipped one, on both backends. folders: a checkpoint of every entry. speeds: tokens a second of those in `table`.
+    table, ablated: the findings about every entry's checkpoints, one a seed. twins: about the shipped one by
+    what it is computed in, on both backends.
     """
     blocks = [
         HEAD,
         "## Short clips",
-        _short(table, folders, speeds),
+        _short(table),
         RATIO_8,
         "## Clips of sixteen seconds",
         _long(table),
@@ -66,91 +64,91 @@ def document(
         "## Both backends",
         _agreement(twins),
         "## Conversion: each part of the method left out",
-        _ablations(ablated, folders),
+        _ablations(ablated),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def by_kind(found: Answers) -> dict[str, float]:
     """The mean score of every kind, and `mean`, over the known ones."""
-    scores: dict[str, list[float]] = {}
-    for kind, score in zip(found["kinds"], found["scores"], strict=True):
-        scores.setdefault(kind, []).append(score)
-    means = {kind: mean(each) for kind, each in scores.items()}
+    means = {kind: mean(each["scores"]) for kind, each in found.items()}
     return means | {"mean": mean(means[kind] for kind in KNOWN)}
 
 
-def _short(table: Mapping[str, Sequence[Answers]], folders: Mapping[str, Path], speeds: Mapping[str, float]) -> str:
+def _means(findings: Sequence[Findings], view: str) -> list[dict[str, float]]:
+    return [by_kind(each["views"][view]) for each in findings]
+
+
+def _short(table: Mapping[str, Sequence[Findings]]) -> str:
     kinds = (*KNOWN, "mean", "before_after")
-    lines = _head("", *kinds, "cache, bytes a token", "tokens/s")
-    for name, answers in table.items():
-        found = [by_kind(each["short"]) for each in answers]
-        cells = [_spread([each[kind] for each in found]) for kind in kinds]
-        lines.append(_row(name, *cells, f"{cache_bytes(folders[name]):,}", f"{speeds[name]:.0f}"))
+    lines = _head("", "seeds", *kinds, "cache, bytes a token", "tokens/s")
+    for name, found in table.items():
+        cells = [_spread([each[kind] for each in _means(found, "short")]) for kind in kinds]
+        first = found[0]
+        speed = f"{first['tokens_per_second']:.0f}" if "tokens_per_second" in first else ""
+        lines.append(_row(name, str(len(found)), *cells, f"{first['cache_bytes']:,}", speed))
     return "\n".join(lines)
 
 
-def _long(table: Mapping[str, Sequence[Answers]]) -> str:
+def _long(table: Mapping[str, Sequence[Findings]]) -> str:
     kinds = (*KNOWN, "mean", "rare")
     lines = _head("", *kinds)
-    for name, answers in table.items():
-        found = [by_kind(each["long"]) for each in answers]
-        lines.append(_row(name, *(_spread([each[kind] for each in found]) for kind in kinds)))
+    for name, found in table.items():
+        lines.append(_row(name, *(_spread([each[kind] for each in _means(found, "long")]) for kind in kinds)))
     return "\n".join(lines)
 
 
-def _ratio_of_long(table: Mapping[str, Sequence[Answers]]) -> str:
+def _ratio_of_long(table: Mapping[str, Sequence[Findings]]) -> str:
     parts = []
     for name in (*CHAIN, "iv3-tiny, 8 bits"):
-        if answers := table.get(name):
-            ratios = [by_kind(each["long"])["mean"] / by_kind(each["short"])["mean"] for each in answers]
-            parts.append(f"{name} {_spread(ratios)}")
+        if found := table.get(name):
+            both = zip(_means(found, "long"), _means(found, "short"), strict=True)
+            parts.append(f"{name} {_spread([long['mean'] / short['mean'] for long, short in both])}")
     return f"The long clips' mean over the short ones': {', '.join(parts)}." if parts else ""
 
 
-def _few(table: Mapping[str, Sequence[Answers]]) -> str:
+def _few(table: Mapping[str, Sequence[Findings]]) -> str:
     *_, before, after = CHAIN
     if before not in table or after not in table:
         return ""
-    teachers = [each["many"] for each in table[before]]
     lines = _head("", "frames a second", "mean", "same answer as the teacher")
-    lines.append(_row(f"{before}, the teacher", "4", _spread([by_kind(each)["mean"] for each in teachers]), "1"))
+    taught = _spread([each["mean"] for each in _means(table[before], "many")])
+    lines.append(_row(f"{before}, the teacher", "4", taught, "1"))
     for name in (before, after):
-        found = [each["few"] for each in table[name]]
-        same = [_same(student, teacher) for student, teacher in zip(found, teachers, strict=True)]
-        lines.append(_row(name, "1", _spread([by_kind(each)["mean"] for each in found]), _spread(same)))
+        same = [
+            _same(student["views"]["few"], teacher["views"]["many"])
+            for student, teacher in zip(table[name], table[before], strict=False)  # the last seeds may not be there yet
+        ]
+        right = _spread([each["mean"] for each in _means(table[name], "few")])
+        lines.append(_row(name, "1", right, _spread(same)))
     return "\n".join(lines)
 
 
-def _agreement(twins: Mapping[str, Sequence[Answers]]) -> str:
-    lines = _head("computed in float32", "questions", "same answer on PyTorch and MLX")
-    for name, (first, second) in twins.items():
-        questions = sum(len(first[view]["answers"]) for view in second)
-        same = sum(_same(first[view], second[view]) * len(first[view]["answers"]) for view in second)
-        lines.append(_row(name, f"{questions:,}", f"{100 * same / questions:.2f} %"))
+def _agreement(twins: Mapping[str, Sequence[Findings]]) -> str:
+    lines = _head("iv3-tiny, 8 bits, computed in", "questions", "same answer on PyTorch and MLX")
+    for name, found in twins.items():
+        first, second = ([each["views"][view] for view in found[1]["views"]] for each in found)
+        questions = [sum(len(each["answers"]) for each in view.values()) for view in first]
+        same = sum(_same(one, other) * count for one, other, count in zip(first, second, questions, strict=True))
+        lines.append(_row(name, f"{sum(questions):,}", f"{100 * same / sum(questions):.2f} %"))
     return "\n".join(lines) if twins else ""
 
 
-def _ablations(ablated: Mapping[str, Sequence[Answers]], folders: Mapping[str, Path]) -> str:
+def _ablations(ablated: Mapping[str, Sequence[Findings]]) -> str:
     """KL from the base on held-out prompts, and what is answered."""
     lines = _head("", "KL at text", "KL at visual positions", "mean, short clips", "cache, bytes a token")
-    for name, answers in ablated.items():
-        cost = Record.read(folders[name]).report["model"]
+    for name, found in ablated.items():
+        cost = found[0]["cost"]
         kl = [f"{cost[kind]['kl']:.4f}" for kind in ("text", "visual")]
-        right = _spread([by_kind(each["short"])["mean"] for each in answers])
-        lines.append(_row(name, *kl, right, f"{cache_bytes(folders[name]):,}"))
+        right = _spread([each["mean"] for each in _means(found, "short")])
+        lines.append(_row(name, *kl, right, f"{found[0]['cache_bytes']:,}"))
     return "\n".join(lines)
-
-
-def cache_bytes(folder: Path) -> int:
-    """Of a token in the caches of all layers, in bfloat16."""
-    text = ModelConfig.from_dir(folder).text
-    return 2 * sum(text.geometry.cache_width(layer) for layer in range(text.num_hidden_layers))
 
 
 def _same(first: Answers, second: Answers) -> float:
     """The share of rows with the same answer."""
-    return mean(one == other for one, other in zip(first["answers"], second["answers"], strict=True))
+    pairs = [zip(first[kind]["answers"], second[kind]["answers"], strict=True) for kind in first]
+    return mean(one == other for pair in pairs for one, other in pair)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.train.conversations import turns
 from train.row import parse_row
-from train.toyworld import copies, echoes, moves, pairs
+from train.toyworld import echoes, moves, pairs
 from train.toyworld.compose import MAX_COUNT, still
 from train.toyworld.render import frames
 from train.toyworld.script import SHORT_SECONDS, SIZE, Script
@@ -95,16 +95,6 @@ def test_every_figure_s_way_is_told_and_asked_for_once_and_the_clip_shows_it(see
 
 @settings(max_examples=80, deadline=None)
 @given(seed=any_seed)
-def test_words_are_repeated_in_their_own_order_none_twice(seed: int) -> None:
-    row = copies.copy(seed)
-    ((_, said),) = turns(row)
-    assert row["messages"][0]["content"].partition("\n\n")[0] == said
-    words = re.findall(r"\w+", said)
-    assert copies.FEWEST <= len(words) == len(set(words)) <= copies.MOST
-
-
-@settings(max_examples=80, deadline=None)
-@given(seed=any_seed)
 def test_words_and_times_are_said_again_in_their_own_order(seed: int) -> None:
     row = echoes.echo(seed)
     ((_, said),) = turns(row)
@@ -123,10 +113,9 @@ def test_orders_and_ways_differ_from_row_to_row() -> None:
 
 
 def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> None:
-    stills, moved, words, things, listed = (
+    stills, moved, things, listed = (
         write_stills(tmp_path / "stills", "train", 0, 3),
         moves.write_moves(tmp_path / "moves", "train", 0, 3),
-        copies.write_copies(tmp_path / "copies", "train", 0, 3),
         echoes.write_echoes(tmp_path / "echoes", "train", 0, 3),
         pairs.write_pairs(tmp_path / "pairs", "train", 0, 3),
     )
@@ -136,7 +125,7 @@ def test_rows_and_pictures_are_written_for_training_and_kept(tmp_path: Path) -> 
     assert len(paths) == 3
     for path in paths:
         assert np.asarray(Image.open(path)).shape == (SIZE, SIZE, 3)
-    for file in (moved, words, things, listed, *(each.with_name("talks.jsonl") for each in (stills, moved, listed))):
+    for file in (moved, things, listed, *(each.with_name("talks.jsonl") for each in (stills, moved, listed))):
         assert [parse_row(json.loads(line), file.parent, "sft").id for line in file.read_text().splitlines()]
     before = {path: path.stat().st_mtime_ns for path in paths}
     assert write_stills(tmp_path / "stills", "train", 0, 3) == stills

@@ -101,7 +101,14 @@ def test_a_stopped_tower_goes_on_to_the_weights_of_one_that_was_not(
 def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small: dict[str, Any] = {"TRAIN_CLIPS": 24, "HELDOUT_CLIPS": 8, "TOWER_STEPS": 1}
+    small: dict[str, Any] = {
+        "TRAIN_CLIPS": 24,
+        "HELDOUT_CLIPS": 8,
+        "TOWER_STEPS": 1,
+        "ECHOES": 8,
+        "PAIRS": 8,
+        "TEXTS": 8,
+    }
     for name, value in small.items():
         monkeypatch.setattr(base, name, value)
     monkeypatch.setattr("train.tiny.tower.CLIPS", 2)
@@ -112,7 +119,7 @@ def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     found = json.loads((model / "base.json").read_text())
     rows = (tmp_path / "data/heldout.jsonl").read_text().splitlines()
     assert sum(kind["rows"] for kind in found["kinds"].values()) == len(rows) > small["HELDOUT_CLIPS"]
-    assert load(model, "torch").dtype == "float32"
+    assert load(model, "torch").dtype == "bfloat16"
     assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 2
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "sft").rglob("*")}
     assert base.make_base(tmp_path, overrides) == model

@@ -15,6 +15,7 @@ from agent.oracle import dataset
 from ivcore.config import ModelConfig
 from ivcore.errors import TrainingError
 from train.recipe_file import read_recipe
+from train.tiny import base as base_rows
 from train.tiny import pipeline
 from train.tiny.base import HELDOUT_CLIPS
 from train.tiny.start import write_start
@@ -27,7 +28,7 @@ def option(arguments: tuple[str, ...], name: str) -> str:
 
 def test_every_step_reads_what_an_earlier_one_made() -> None:
     base, out = Path("base"), Path("out")
-    made, rows = {base / "model"}, {base / "data/train.jsonl", *(out / f"data/{stage}.json" for stage in pipeline.SETS)}
+    made, rows = {base / "model"}, {base / "data/rows.json", *(out / f"data/{stage}.json" for stage in pipeline.SETS)}
     names = []
     for step in pipeline.steps(base, out, []):
         training = step.arguments[0] == "train"
@@ -88,6 +89,7 @@ def few_steps(command: list[str]) -> list[str]:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Function that makes all of it, with the least of everything."""
     monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("train.tiny.kept.KEPT", tmp_path / "kept")
     monkeypatch.setattr("agent.convert_attention.SAMPLES", 4)
     monkeypatch.setattr("agent.oracle.environment.MOST_TURNS", 2)
     monkeypatch.setattr("agent.belief.ANSWER_TOKENS", 2)
@@ -97,13 +99,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
         "RATIOS": (2,),
         "STILLS": 3,
         "MOVES": 3,
-        "COPIES": 3,
         "PAIRS": 3,
         "TEXTS": 3,
+        "ECHOES": 3,
         "TRAIN_CLIPS": 6,
     }
     for name, value in fewest.items():
         monkeypatch.setattr(pipeline, name, value)
+        if hasattr(base_rows, name):
+            monkeypatch.setattr(base_rows, name, value)
     for name in ("CLIPS", "LONG_CLIPS"):
         sets = getattr(pipeline, name)
         monkeypatch.setattr(pipeline, name, {key: (6, shares) for key, (_, shares) in sets.items()})
@@ -132,10 +136,10 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
         "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0",
-        "sft-act-0", "rl-act-0", "iv3-tiny",
+        "iv3-tiny", "sft-act-0", "rl-act-0",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
-    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps
+    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-2]
     in_this_process.clear()
     small()
     assert in_this_process == []
@@ -175,3 +179,26 @@ def test_a_run_that_was_stopped_before_it_wrote_anything_is_begun_anew(
             small()
     assert [command[3] for command in commands] == ["convert", "train", "train"]
     assert not any("--resume" in command for command in commands)
+
+
+def test_a_model_that_is_kept_is_not_made_again_and_what_follows_begins_with_it(
+    small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    write_start(kept / "norm-2-cpt-0", seed=5)
+    lines = [json.dumps({"step": name, "seconds": 1.0}) for name in ("norm-2", "norm-2-cpt-0")]
+    (kept / "steps.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    commands: list[list[str]] = []
+
+    def stop(command: list[str], check: bool) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", stop)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="sft-short-0 ended"):
+            small()
+    assert option(tuple(commands[0]), "--model") == str(out / "norm-2-cpt-0/model")
+    weights = [folder / "model.safetensors" for folder in (kept / "norm-2-cpt-0", out / "norm-2-cpt-0/model")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert (out / "steps.jsonl").read_text().splitlines() == lines

@@ -1,15 +1,17 @@
 """`make tiny`: from iv3-tiny's base to iv3-tiny, every step a command of `iv3`; what is done is not done again.
 
+It goes on from the models that the repository keeps (train/tiny/kept); without that folder, from `make tiny-base`.
+
 The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
 new kinds of question; rewards sharpen spans; a teacher that sees four times the frames makes do with few. The first
-seed's model then learns to act: from an oracle's runs, and from rewards for its own.
+seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, and from rewards for its own.
 
 OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/final-<seed>/             the last run's adapter, merged
+OUT/iv3-tiny/                 the first seed's, in 8 bits beside float16
 OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
-OUT/iv3-tiny/                 what came of that, in 8 bits beside float16
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
@@ -19,28 +21,27 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ivcore.errors import IvError, TrainingError
+from ivcore.errors import IvError
 from ivcore.files import write_beside
 from train.run_folder import RUN
-from train.tiny.base import HELDOUT_CLIPS, TRAIN_CLIPS
-from train.toyworld.copies import write_copies
+from train.tiny.base import HELDOUT_CLIPS, MADE, ROWS, TRAIN_CLIPS, write_clips, write_rows
+from train.tiny.commands import processes_for, run_module
+from train.tiny.kept import lines as kept_lines
+from train.tiny.kept import restore
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
-from train.toyworld.descriptions import description
 from train.toyworld.echoes import write_echoes
 from train.toyworld.moves import write_moves
 from train.toyworld.pairs import write_pairs
-from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION, Script
+from train.toyworld.script import LONG_SECONDS, SHORT_SECONDS, WORLD_VERSION
 from train.toyworld.stills import write_stills
-from train.toyworld.talks import talk
 from train.toyworld.texts import write_texts
 
 TINY, PROVENANCE = "iv3-tiny", "provenance.json"
@@ -50,7 +51,10 @@ CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
 ACTING = ("sft-act", "rl-act")
-"""Those behind the chain, which only the first seed's model goes through."""
+"""Those behind the chain, which only the first seed's model goes through; what ships has not."""
+
+DTYPES: Mapping[str, str] = {"rl": "float32", "distill": "float32", "rl-act": "float32"}
+"""What a stage computes in, where not in bfloat16: samples and their likelihoods are those of unrounded weights."""
 
 SHORT_SHARES: Mapping[str, float] = {
     **{kind: 0.62 * share for kind, share in BASE_SHARES.items() if kind != "said"},
@@ -63,8 +67,8 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
 """Of LONG_SECONDS."""
 
-STILLS, MOVES, COPIES, PAIRS, TEXTS, ECHOES = 20_000, 6_000, 12_000, 12_000, 12_000, 20_000
-"""Pictures and clips of several figures at once; words and pairs; transcripts, each asked about in all of its lines;
+STILLS, MOVES, PAIRS, TEXTS, ECHOES = 20_000, 6_000, 12_000, 12_000, 20_000
+"""Pictures and clips of several figures at once; lists of pairs; transcripts, each asked about in all of its lines;
 lists of words and times."""
 
 HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
@@ -76,12 +80,12 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "sft-short": (
-        "stills", "stills-talks", "pairs", "pairs-talks", "base-descriptions", "base-talks", "short-descriptions",
-        "short-talks", "texts",
+        "short", "short-talks", "short-descriptions", "base-talks", "stills-talks", "moves", "moves-talks",
+        "pairs-talks", "texts", "echoes",
     ),
     "sft-long": (
-        "stills", "stills-talks", "moves", "moves-talks", "copies", "pairs", "pairs-talks", "short-descriptions",
-        "short-talks", "texts", "long-descriptions", "long-talks", "long",
+        "long", "long-talks", "long-descriptions", "short-talks", "stills-talks", "moves-talks", "pairs-talks", "texts",
+        "echoes",
     ),
     "rl": ("spans", "long-spans"),
     "distill": ("short", "long"),
@@ -89,10 +93,6 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "rl-act": ("questions",),
 }  # fmt: skip
 """What each stage's rows are from."""
-
-MADE: Mapping[str, Callable[[Script], dict[str, Any] | None]] = {"talks": talk, "descriptions": description}
-"""What else is made of the scripts behind other sets, about the same clips."""
-
 
 ACTS = ("runs", "windows", "claims", "questions")
 """Sets that `agent.oracle.dataset` makes, of films."""
@@ -113,46 +113,48 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("build/tiny-base"), help="the folder of make tiny-base")
     parser.add_argument("--out", type=Path, default=Path("build/tiny"))
     parser.add_argument("--only", action="append", help="steps whose names begin with this; may be repeated")
+    parser.add_argument("--processes", type=int, default=1, help="that train together where a recipe's batch allows")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     try:
-        make_tiny(given.base, given.out, given.overrides, tuple(given.only or ("",)))
+        make_tiny(given.base, given.out, given.overrides, tuple(given.only or ("",)), given.processes)
     except IvError as error:
         sys.exit(f"tiny: {error}")
 
 
-def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...] = ("",)) -> None:
-    """Write the data and run the steps; overrides: of the recipes' values."""
+def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...] = ("",), processes: int = 1) -> None:
+    """Write the data and run the steps, but for those that are kept; overrides: of the recipes' values."""
+    restore("base", base / "model")
+    write_rows(write_clips(base / "data"))
     write_data(base / "data", out / "data")
-    log = out / "steps.jsonl"
+    log, was_done = out / "steps.jsonl", kept_lines()
     done = {json.loads(line)["step"] for line in log.read_text().splitlines()} if log.exists() else set()
+    with log.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for name, line in was_done.items() if name not in done)
     for step in steps(base, out, overrides):
-        if not step.name.startswith(only) or (step.name in done and step.made.exists()):
+        restore(step.name, step.made / "model" if step.arguments[0] == "train" else step.made)
+        if not step.name.startswith(only) or step.name in was_done or (step.name in done and step.made.exists()):
             continue
         if step.name.startswith(ACTING) and not (out / f"data/acts/{ACTS[-1]}.jsonl").exists():
-            _run("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
+            run_module("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
         arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
         started = time.monotonic()
-        _run(f"The step {step.name}", "agent.cli", *arguments)
+        together = processes_for(step.arguments, processes)
+        run_module(f"The step {step.name}", "agent.cli", *arguments, processes=together)
         seconds = round(time.monotonic() - started, 1)
         with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step.name, "seconds": seconds, "arguments": arguments}) + "\n")
+            entry = {"step": step.name, "seconds": seconds, "processes": together, "arguments": arguments}
+            file.write(json.dumps(entry) + "\n")
     if (tiny := out / TINY).exists() and not (tiny / PROVENANCE).exists():
         write_beside(tiny / PROVENANCE, (json.dumps(provenance(log), indent=1) + "\n").encode())
-
-
-def _run(what: str, module: str, *arguments: str) -> None:
-    """Run a module in a process of its own: what lies above this package is not imported here."""
-    if code := subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode:
-        raise TrainingError(f"{what} ended with exit code {code}; run it again, it goes on.")
 
 
 def provenance(log: Path) -> dict[str, Any]:
     """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order."""
     seed = SEEDS[0]
     first = f"{LAYOUTS[0]}-{RATIOS[0]}"
-    chain = (f"{first}-cpt", *CHAIN, "final", *ACTING)
+    chain = (f"{first}-cpt", *CHAIN, "final")
     names = [first, *(f"{name}-{seed}" for name in chain), TINY]
     lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
     return {"toy world": WORLD_VERSION, "base": "make tiny-base", "steps": [lines[name] for name in names]}
@@ -176,18 +178,16 @@ def write_data(base: Path, data: Path) -> None:
             write_dataset(
                 data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
             )
-    for folder, first, (clips, shares), duration in (
-        (base, 0, (TRAIN_CLIPS, BASE_SHARES), SHORT_SECONDS),
-        (data / "short", TRAIN_CLIPS, CLIPS["short"], SHORT_SECONDS),
-        (data / "long", TRAIN_CLIPS, LONG_CLIPS["long"], LONG_SECONDS),
+    for folder, (clips, shares), duration in (
+        (data / "short", CLIPS["short"], SHORT_SECONDS),
+        (data / "long", LONG_CLIPS["long"], LONG_SECONDS),
     ):
         for kind, make in MADE.items():
             if not (file := folder / f"{kind}.jsonl").exists():
-                write_about(file, make, "train", first, clips, shares=shares, duration=duration)
+                write_about(file, make, "train", TRAIN_CLIPS, clips, shares=shares, duration=duration)
     for name, write, count in (
         ("stills", write_stills, STILLS),
         ("moves", partial(write_moves, workers=workers), MOVES),
-        ("copies", write_copies, COPIES),
         ("pairs", write_pairs, PAIRS),
         ("texts", write_texts, TEXTS),
         ("echoes", write_echoes, ECHOES),
@@ -230,7 +230,7 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         )  # fmt: skip
     for seed in SEEDS:
         for variant in variants:
-            rows = base / "data/train.jsonl"
+            rows = base / "data" / ROWS
             yield _training("cpt", f"{variant}-cpt-{seed}", out / variant, rows, out, seed, overrides)
         before = out / f"{variants[0]}-cpt-{seed}/model"
         for stage in CHAIN:
@@ -240,14 +240,13 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         final = out / f"final-{seed}"
         adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
         yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
-    before = out / f"final-{SEEDS[0]}"
+    before, tiny = out / f"final-{SEEDS[0]}", out / TINY
+    quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
+    yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
     for stage in ACTING:
         name = f"{stage}-{SEEDS[0]}"
         yield _training(stage, name, before, out / f"data/{stage}.json", out, SEEDS[0], overrides)
         before = out / name / "model"
-    tiny = out / TINY
-    quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
-    yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
 
 
 def _training(stage: str, name: str, model: Path, rows: Path, out: Path, seed: int, overrides: list[str]) -> Step:
@@ -256,7 +255,7 @@ def _training(stage: str, name: str, model: Path, rows: Path, out: Path, seed: i
     return Step(
         name,
         ("train", command, "--recipe", f"tiny/{stage}", "--model", str(model), "--data", str(rows),
-         "--out", str(out / name), "--backend", "torch", "--dtype", "float32", *changed),
+         "--out", str(out / name), "--backend", "torch", "--dtype", DTYPES.get(stage, "bfloat16"), *changed),
         out / name,
     )  # fmt: skip
 

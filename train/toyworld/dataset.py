@@ -83,6 +83,13 @@ def write_about(
     write_beside(file, "".join(f"{json.dumps(row)}\n" for row in rows if row is not None).encode())
 
 
+def write_of_seeds(file: Path, make: Callable[[int], dict[str, Any]], split: Split, first: int, count: int) -> Path:
+    """Write the row that `make` makes of each of the seeds number first..first+count of a split; returns the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(file, "".join(f"{json.dumps(make(seed))}\n" for seed in seeds(split, first, count)).encode())
+    return file
+
+
 def kind_of(seed: int, shares: Mapping[str, float]) -> str:
     """The kind of question that a seed gets."""
     weights = np.array(list(shares.values()), float)

@@ -7,7 +7,6 @@ known, most are rare, and there are few of them in a list.
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ivcore.files import write_beside
-from train.toyworld.script import Split, pick, random_of, seeds
+from train.toyworld.dataset import write_of_seeds
+from train.toyworld.script import Split, pick, random_of
 from train.toyworld.tokenizer import corpus
 from train.toyworld.turns import messages_of
 
@@ -29,11 +28,7 @@ _LATEST = (10.0, 100.0, 600.0)
 
 def write_echoes(folder: str | Path, split: Split, first: int, count: int) -> Path:
     """Write a row for each of the seeds number first..first+count of a split to `folder`/`split`.jsonl."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = "".join(f"{json.dumps(echo(seed))}\n" for seed in seeds(split, first, count))
-    write_beside(folder / f"{split}.jsonl", rows.encode())
-    return folder / f"{split}.jsonl"
+    return write_of_seeds(Path(folder) / f"{split}.jsonl", echo, split, first, count)
 
 
 def echo(seed: int) -> dict[str, Any]:

@@ -6,13 +6,12 @@ learn that slowly. Here every answer follows from a word or two and the list.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivcore.files import write_beside
-from train.toyworld.script import Split, pick, random_of, seeds
+from train.toyworld.dataset import write_of_seeds
+from train.toyworld.script import Split, pick, random_of
 from train.toyworld.turns import messages_of
 from train.toyworld.words import COLOURS, FACTS, NAMES, SHAPES
 
@@ -29,12 +28,8 @@ def write_pairs(folder: str | Path, split: Split, first: int, count: int) -> Pat
 
     Repetitions are in `folder`/`split`.jsonl, which is returned, questions beside it in talks.jsonl.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (("talks", talk), (split, repetition)):
-        rows = "".join(f"{json.dumps(make(seed))}\n" for seed in seeds(split, first, count))
-        write_beside(folder / f"{name}.jsonl", rows.encode())
-    return folder / f"{split}.jsonl"
+    write_of_seeds(Path(folder) / "talks.jsonl", talk, split, first, count)
+    return write_of_seeds(Path(folder) / f"{split}.jsonl", repetition, split, first, count)
 
 
 def repetition(seed: int) -> dict[str, Any]:

@@ -7,14 +7,13 @@ the end of a sentence follows from its beginning and the lines.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ivcore.files import write_beside
-from train.toyworld.script import Line, Split, pick, random_of, seeds
+from train.toyworld.dataset import write_of_seeds
+from train.toyworld.script import Line, Split, pick, random_of
 from train.toyworld.subtitles import transcript
 from train.toyworld.turns import messages_of
 from train.toyworld.words import FACTS, NAMES
@@ -31,11 +30,7 @@ _REPEAT = "Repeat what is said, in any order."
 
 def write_texts(folder: str | Path, split: Split, first: int, count: int) -> Path:
     """Write a row for each of the seeds number first..first+count of a split; returns the JSONL."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{split}.jsonl"
-    write_beside(file, "".join(f"{json.dumps(conversation(seed))}\n" for seed in seeds(split, first, count)).encode())
-    return file
+    return write_of_seeds(Path(folder) / f"{split}.jsonl", conversation, split, first, count)
 
 
 def conversation(seed: int) -> dict[str, Any]:
