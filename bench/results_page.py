@@ -28,12 +28,12 @@ python bench/results.py   # measures, and writes this page
 ```
 
 Asked greedily in float32 on PyTorch, at two frames a second; every clip with every question that it answers. Held out
-are 500 clips of four seconds with the kinds of question that the base was trained on, 300 more with `said`, at which
-the base only guesses (58 rows would rise and fall by more than there is to see), 200 with `before_after`, which is new
-to it, and 200 of sixteen seconds. `when` is the mean temporal IoU, the others are shares of right answers; `mean` is
-over the base's seven kinds, each counting the same. Rows that were trained are means over three seeds, in brackets the
-largest less the least. A converted row is the base with nothing trained since; `cpt` reads a tenth of the base's tokens
-again; the stages behind it go on from norm-2."""
+are 500 clips of four seconds with the kinds of question that the base was trained on, 300 more with `said`, of which
+those have few, 200 with `before_after`, which is new to it, and 200 of sixteen seconds. `when` is the mean temporal
+IoU, the others are shares of right answers; `mean` is over the base's seven kinds, each counting the same. Trained rows
+are means over as many seeds as the first column says, in brackets the largest less the least. A converted row is the
+base with nothing trained since; `cpt` reads a tenth of the base's tokens again; the stages behind it go on from norm-2.
+Every answer is in docs/results."""
 
 RATIO_8 = """\
 A ratio of 8 cannot be had of this base: it keeps 256 numbers a token and layer, an eighth of that is 32, and the one
