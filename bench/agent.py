@@ -1,6 +1,6 @@
 """The agent on long films, beside one pass over each with as many visual tokens, into docs/agent-results.md.
 
-    python bench/agent.py [--model iv3-tiny] [--films 100] [--absent 50] [--backends torch,mlx] [--jobs 2]
+    python -m bench.agent [--model iv3-tiny] [--films 100] [--absent 50] [--backends torch,mlx] [--jobs 2]
 
 Films are rendered from held-out seeds of the toy world, ten minutes each, with an event of three seconds in it; in
 those of `absent` there is none. What was run is kept in OUT and not run again.
@@ -77,7 +77,7 @@ def start(given: argparse.Namespace, task: tuple[str, Sequence[tuple[int, str]]]
     if not left:
         return
     what = json.dumps([backend, left])
-    command = [sys.executable, __file__, "--model", given.model, "--out", str(given.out), "--task", what]
+    command = [sys.executable, "-m", "bench.agent", "--model", given.model, "--out", str(given.out), "--task", what]
     print(f"{backend}: {len(left)} films from {left[0][0]} on", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, env={**environment(backend), "OMP_NUM_THREADS": "1"})
 
@@ -126,7 +126,7 @@ def run(out: Path, model: str, backend: str, seed: int, kind: str) -> None:
 def lines(model: str, found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """The page."""
     yield "# The agent on films of ten minutes\n"
-    yield f"```\npython bench/agent.py --model {model}\n```\n"
+    yield f"```\npython -m bench.agent --model {model}\n```\n"
     yield (
         "An event of three seconds in a film of ten minutes, asked about once; one pass has as many visual tokens as "
         "the agent's whole run, its fresh looks included. float32.\n"

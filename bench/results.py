@@ -1,6 +1,6 @@
 """What iv3-tiny answers at every step of its making, into docs/results.md; what was measured is not measured again.
 
-    python bench/results.py [--base build/tiny-base] [--tiny build/tiny] [--jobs 2]
+    python -m bench.results [--base build/tiny-base] [--tiny build/tiny] [--jobs 2]
 
 Every checkpoint's answers and its speed are kept in docs/results, with the digest of its weights: the page is written
 from those files, so a checkpoint need not be there any more.
@@ -206,7 +206,17 @@ def start(given: argparse.Namespace, kept: Path, task: Task) -> None:
     if known.get("weights") == digest(task.folder) and set(task.views) <= set(known["views"]):
         return
     what = json.dumps([str(task.folder), task.views, task.run.backend, task.run.dtype])
-    command = [sys.executable, __file__, "--tiny", str(given.tiny), "--page", str(given.page), "--task", what]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.results",
+        "--tiny",
+        str(given.tiny),
+        "--page",
+        str(given.page),
+        "--task",
+        what,
+    ]
     print(f"{task.folder} on {task.run}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, env={**environment(task.run.backend), "OMP_NUM_THREADS": "1"})
 

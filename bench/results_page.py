@@ -24,7 +24,7 @@ HEAD = """\
 
 ```
 make tiny                 # python -m train.tiny.pipeline --base build/tiny-base --out build/tiny
-python bench/results.py   # measures, and writes this page
+python -m bench.results   # measures, and writes this page
 ```
 
 Asked greedily in float32 on PyTorch, at two frames a second; every clip with every question that it answers. Held out

@@ -1,7 +1,7 @@
 """Models of steps that the repository keeps, so that what follows them can be made without what came before.
 
-train/tiny/kept/NAME/ is a copy of the step's model, kept/steps.jsonl has the lines of `make tiny`'s log about them. They
-are not in the wheel.
+train/tiny/kept/NAME/ is a copy of the step's model, kept/steps.jsonl has the lines of `make tiny`'s log about them.
+They are not in the wheel.
 """
 
 from __future__ import annotations
