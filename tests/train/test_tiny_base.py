@@ -116,7 +116,7 @@ def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     overrides = ['phases=[{name="all", steps=2}]', "data.max_tokens=400", "data.window=2"]
     model = base.make_base(tmp_path, overrides)
-    found = json.loads((model / "base.json").read_text())
+    found = json.loads((tmp_path / "base.json").read_text())
     rows = (tmp_path / "data/heldout.jsonl").read_text().splitlines()
     assert sum(kind["rows"] for kind in found["kinds"].values()) == len(rows) > small["HELDOUT_CLIPS"]
     assert load(model, "torch").dtype == "bfloat16"
@@ -127,7 +127,7 @@ def test_tiny_base_goes_from_nothing_to_a_measured_model_and_does_nothing_twice(
     assert "goal" in capsys.readouterr().out
     for folder in (model, tmp_path / "sft/model"):  # as a kill leaves them
         (folder / "model.safetensors").unlink()
-    (model / "base.json").unlink()
+    (tmp_path / "base.json").unlink()
     whole = before[tmp_path / "sft/checkpoints"]
     assert base.make_base(tmp_path, overrides) == model
     assert tensors(model) and (tmp_path / "sft/checkpoints").stat().st_mtime_ns == whole

@@ -5,7 +5,7 @@ OUT/start/     the untrained checkpoint
 OUT/text/      the run that trains the decoder on text
 OUT/tower/     what came of it, with its vision tower trained
 OUT/sft/       the run that trains all of it
-OUT/model/     the result, with what it was measured to answer in base.json
+OUT/model/     the result; OUT/base.json: what it was measured to answer
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_base(out: Path, overrides: list[str], processes: int = 1) -> Path:
             found = train_tower(text / "model", tower, steps=TOWER_STEPS, on_progress=bar)
         write_beside(out / "tower.json", json.dumps(found, indent=1).encode())
         print("tower:", "  ".join(f"{name} {value:.3f}" for name, value in found.items()), file=sys.stderr)
-    if not (out / "model/base.json").exists():
+    if not (out / "base.json").exists():
         held_out = "--held-out", str(data / "heldout.jsonl")
         _train("base", tower, write_rows(data), run, overrides, processes, *held_out)
     return _finish(out, run)
@@ -128,7 +128,7 @@ def _finish(out: Path, run: Path) -> Path:
     model = out / "model"
     shutil.copytree(run / "model", model, dirs_exist_ok=True)
     last = json.loads((run / EVALUATIONS).read_text(encoding="utf-8").splitlines()[-1])
-    write_beside(model / "base.json", (json.dumps(last, indent=1) + "\n").encode())
+    write_beside(out / "base.json", (json.dumps(last, indent=1) + "\n").encode())
     print(f"{'kind':<12}{'rows':>6}  {'measure':<10}{'value':>7}{'goal':>7}")
     for name, kind in sorted(last["kinds"].items()):
         goal = GOALS.get(name)
