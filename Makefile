@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with every direct dependency at its pinned version
 
-demo: setup ## decode a video and answer a question about it on both backends
+demo: setup ## render a clip and ask iv3-tiny three questions about it, on both backends
 	@$(RUN) -m agent.demo
 
 # Two processes of one thread each, which take test files in turns: with more threads they get in each other's way.

@@ -15,6 +15,7 @@ from agent.budget import Budget
 from agent.content import content_hash
 from agent.entries import Entry, Result, Run
 from agent.loop import MESSAGE_TOKENS, Loop
+from agent.packaged import say_if_packaged
 from agent.phases import Phases
 from agent.run_view import lines_of
 from agent.tools.box import NAMES, OF_LIBRARY, check_names
@@ -113,6 +114,7 @@ def begin(
     content = content_hash(path)
     if video is not None and video != content:
         raise TraceError(f"{path} is another video than the run's; put the one back that it was about.")
+    say_if_packaged(options.model)
     phases = Phases()
     with phases, phases.phase("load"):
         folder = resolve(options.model)

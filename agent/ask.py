@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.packaged import say_if_packaged
 from agent.phases import Phases
 from agent.printable import printable
 from agent.units import human_bytes
@@ -51,6 +52,7 @@ class Request:
 
 def run(request: Request, *, as_json: bool = False) -> None:
     """Answer on stdout; progress, warnings, speed and memory on stderr."""
+    say_if_packaged(request.model)
     phases = Phases()
     with phases:
         backend = choose(request.backend)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agent import cli_agent, cli_library, cli_train, cli_weights
-from agent.cli_options import Backend, Debug, DType, Model, debugging, reset_debugging
+from agent.cli_options import TINY, Backend, Debug, DType, ModelOrTiny, debugging, reset_debugging
 
 app = typer.Typer(
     name="iv3",
@@ -30,6 +30,7 @@ def _main(context: typer.Context, debug: Debug = False) -> None:
 @app.command(
     epilog="""\b
 Examples:
+  iv3 ask clip.mp4 "Which shape came first?"
   iv3 ask clip.mp4 "What happens?" -m ./InternVideo3-8B-Instruct
   iv3 ask a.jpg b.jpg "What has changed?" -m DIR --max-tokens 80
   iv3 ask film.mp4 "Who wins?" -m DIR --fps 0.5 --json | jq .answer"""
@@ -37,7 +38,7 @@ Examples:
 def ask(
     media: Annotated[list[str], typer.Argument(metavar="VIDEO_OR_IMAGE...", help="Files, in the order to show them.")],
     question: Annotated[str, typer.Argument(help="What to ask about them.")],
-    model: Model,
+    model: ModelOrTiny = TINY,
     backend: Backend = "auto",
     dtype: DType = None,
     fps: Annotated[float | None, typer.Option(min=0.001, help="Frames to sample a second.")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agent.cli_options import DEFAULT_PLACE, Backend, Debug, DType, MaybeModel, Model, Place, SpeechModel
+from agent.cli_options import DEFAULT_PLACE, TINY, Backend, Debug, DType, ModelOrTiny, Place, SpeechModel
 
 if TYPE_CHECKING:
     from agent.act import Options
@@ -48,7 +48,7 @@ def agent(
     given: typer.Context,
     video: Annotated[str | None, typer.Argument(help="The video.")] = None,
     question: Annotated[str | None, typer.Argument(help="What to find out.")] = None,
-    model: MaybeModel = None,
+    model: ModelOrTiny = TINY,
     backend: Backend = "auto",
     dtype: DType = None,
     fps: Fps = None,
@@ -110,7 +110,7 @@ Examples:
 def chat(
     given: typer.Context,
     video: Annotated[str, typer.Argument(help="The video.")],
-    model: Model,
+    model: ModelOrTiny = TINY,
     backend: Backend = "auto",
     dtype: DType = None,
     fps: Fps = None,
@@ -178,8 +178,6 @@ def _options(given: Mapping[str, Any]) -> Options:
     from agent.budget import Budget
     from ivcore.sampling import Sampling
 
-    if given["model"] is None:
-        raise typer.BadParameter("name a model with --model or IV3_MODEL")
     same = "backend", "fps", "max_frames", "frame_tokens", "system", "max_tokens", "speech_model", "language"
     tools, library = given["tools"], given["library"]
     if library == DEFAULT_PLACE and find_spec("lancedb") is None:

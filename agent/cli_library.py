@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from agent.cli_options import DEFAULT_PLACE, Backend, Debug, DType, Model, Place, SpeechModel
+from agent.cli_options import DEFAULT_PLACE, TINY, Backend, Debug, DType, ModelOrTiny, Place, SpeechModel
 
 app = typer.Typer()
 
@@ -29,7 +29,7 @@ Examples:
 )
 def index(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Videos, or folders to look for them in.")],
-    model: Model,
+    model: ModelOrTiny = TINY,
     library: Place = DEFAULT_PLACE,
     backend: Backend = "auto",
     dtype: DType = None,

@@ -27,12 +27,16 @@ def reset_debugging() -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
-_NAMED_MODEL = typer.Option(
-    "--model", "-m", envvar="IV3_MODEL", help="A folder, or a Hugging Face id (owner/name@revision)."
-)
-Model = Annotated[str, _NAMED_MODEL]
-MaybeModel = Annotated[str | None, _NAMED_MODEL]
-"""Of a command that can know its model from a file."""
+TINY = "iv3-tiny"
+"""`ivcore.hub.PACKAGED`, which is not imported for --help."""
+
+_A_MODEL = "A folder, or a Hugging Face id (owner/name@revision)"
+Model = Annotated[str, typer.Option("--model", "-m", envvar="IV3_MODEL", help=f"{_A_MODEL}.")]
+ModelOrTiny = Annotated[
+    str,
+    typer.Option("--model", "-m", envvar="IV3_MODEL", help=f"{_A_MODEL}; iv3-tiny comes with iv3, for toy films."),
+]
+"""Of a command that answers out of the box."""
 Backend = Annotated[str, typer.Option(help="mlx, torch or auto (MLX on Apple silicon, else PyTorch).")]
 DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")]
 Place = Annotated[

@@ -1,6 +1,6 @@
-"""`make demo`: render a clip, ask it the same question on both backends, and say whether they agree token for token.
+"""`make demo`: render a clip and ask iv3-tiny three questions about it, on every backend that is installed here.
 
-The checkpoint is a tiny random one, so the answer is noise; that both backends write the same noise is the point.
+The clip and the truth follow from a seed that nothing was trained on. Exit code 1 where the backends disagree.
 """
 
 from __future__ import annotations
@@ -8,72 +8,88 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
-from fractions import Fraction
+import time
+from collections.abc import Iterator
 from pathlib import Path
-
-import av
-import numpy as np
 
 from agent.ask import Answer, Request
 from agent.phases import Phases
-from ivcore.backend import load
+from ivcore.backend import BackendName, Model, load
+from ivcore.errors import IvError
+from ivcore.hub import PACKAGED, resolve
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
+from train.toyworld.compose import make_script
+from train.toyworld.questions import Question, about, ask
+from train.toyworld.render import write_clip
+from train.toyworld.score import score
+from train.toyworld.script import Script, random_of
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "tests/data/reference/iv3-micro"
-QUESTION = "What happens, and when?"
-SIZE, SECONDS, FPS = 160, 4, 10
+SEED = 2003
+"""Of the clip; odd, and so held out."""
+
+BACKENDS: tuple[BackendName, ...] = ("torch", "mlx")
 
 
 def main() -> None:
-    """Print question, the streamed answers and the verdict; exit 1 when the backends disagree."""
-    if not CHECKPOINT.is_dir():
-        sys.exit("The demo's checkpoint lies in tests/ of the repository: run it from a clone.")
+    """Print every question with its answers, the truth and the seconds; exit 1 where backends disagree."""
+    try:
+        same = demonstrate()
+    except IvError as error:
+        sys.exit(f"demo: {error}")
+    if not same:
+        sys.exit("demo: the backends disagree; please open an issue with what is printed above.")
+
+
+def demonstrate() -> bool:
+    """Whether all backends give the same answers."""
+    backends = [name for name in BACKENDS if importlib.util.find_spec(name) is not None]
+    folder = resolve(PACKAGED)
+    script = make_script(SEED, "order")
     with tempfile.TemporaryDirectory() as scratch:
         clip = Path(scratch) / "clip.mp4"
-        render(clip)
-        print(f"clip:     {clip.name}, {SECONDS} s at {FPS} fps, {SIZE}x{SIZE}, H.264, {clip.stat().st_size:,} bytes")
-        print(f"model:    {CHECKPOINT.name}, random weights (answers are noise), float32")
-        print(f"question: {QUESTION}")
-        answers = {name: ask(name, clip) for name in ("mlx", "torch") if importlib.util.find_spec(name) is not None}
-    if len(answers) < 2:
-        print(f"Only {', '.join(answers) or 'no backend'} is installed here: nothing to compare.")
-        return
-    first, second = answers.values()
-    if first == second:
-        print(f"The backends agree: all {len(first)} tokens are the same.")
-        return
-    same = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), len(first))
-    sys.exit(f"The backends disagree from token {same + 1} on.")
+        write_clip(clip, script)
+        print(f"clip      {script.duration:g} s of coloured figures, {clip.stat().st_size:,} bytes of H.264")
+        print(f"model     {PACKAGED}, float32, on {' and '.join(backends)}")
+        models = {name: load(folder, name, "float32") for name in backends}
+        same = True
+        for question in questions(script):
+            print(f"\nquestion  {question.text}")
+            answers = set()
+            for name, model in models.items():
+                started = time.perf_counter()
+                text = answered(model, folder, clip, question.text)
+                print(f"{name:<9} {text:<28} {time.perf_counter() - started:.2f} s")
+                answers.add(text)
+            print(f"truth     {question.answer:<28} {_verdict(question, answers)}")
+            same = same and len(answers) == 1
+    return same
 
 
-def ask(backend: str, clip: Path) -> list[int]:
-    """Stream one answer to stdout; returns its token ids."""
-    request = Request([clip], QUESTION, str(CHECKPOINT), max_tokens=24)
-    phases = Phases()
-    phases.start("decode")
-    inputs = build_inputs(CHECKPOINT, request.messages(), on_progress=phases.on_frames)
-    model = load(CHECKPOINT, "mlx" if backend == "mlx" else "torch", "float32")
-    answer = Answer(model, Tokenizer.from_dir(CHECKPOINT), inputs, request, phases)
-    print(f"{backend + ':':10}", end="")
-    for piece in answer:
-        print(piece.replace("\n", " "), end="", flush=True)
-    print(f"\n          {answer.summary()}")
-    return answer.token_ids
+def questions(script: Script) -> Iterator[Question]:
+    """Three about a script of two figures that come one after the other."""
+    rng = random_of(script.seed, 6)
+    first, second = script.figures[:2]
+    yield ask(script)
+    yield about(rng, "shape", first)
+    yield about(rng, "when", second)
 
 
-def render(path: Path) -> None:
-    """An mp4 of a bright square that crosses a dark frame."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS))
-        stream.width = stream.height = SIZE
-        stream.pix_fmt = "yuv420p"
-        for index in range(SECONDS * FPS):
-            picture = np.full((SIZE, SIZE, 3), (20, 24, 40), np.uint8)
-            left = index * (SIZE - 40) // (SECONDS * FPS)
-            picture[60:100, left : left + 40] = (240, 180, 40)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+def answered(model: Model, folder: Path, clip: Path, question: str) -> str:
+    """What the model says, greedily."""
+    request = Request([clip], question, PACKAGED, max_tokens=32)
+    answer = Answer(model, Tokenizer.from_dir(folder), build_inputs(folder, request.messages()), request, Phases())
+    return "".join(answer)
+
+
+def _verdict(question: Question, answers: set[str]) -> str:
+    """How well the answer fits, where there is one."""
+    if len(answers) > 1:
+        return "the backends disagree"
+    (given,) = answers
+    if question.span is not None and not question.choices:
+        return f"IoU {score(given, question.answer, question.span):.2f}"
+    return "right" if score(given, question.answer) == 1 else "wrong"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from agent.library import (
     Video,
     rebuild,
 )
+from agent.packaged import say_if_packaged
 from agent.sheet import Thumb, draw_sheet
 from agent.transcript.cues import plain
 from agent.video_files import video_files
@@ -46,6 +47,7 @@ def index(
     files = video_files(paths)
     if not files:
         raise MediaError(f"{', '.join(paths)}: there is no video here; name video files, or folders that hold some.")
+    say_if_packaged(model)
     library = Library(location, create=True)
     backend, folder = choose(backend), resolve(model)
     if options.speech_model is not None:

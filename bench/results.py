@@ -121,23 +121,28 @@ def main() -> None:
     write_rows(given.base, given.tiny, scratch)
     convert_ablations(given.base / "model", scratch)
     table, ablated = entries(given.base, given.tiny), ablations(scratch)
-    twins = [(given.tiny / TINY, dtype) for dtype in DTYPES]
     tasks = [Task(folder, tuple(views_of(entry.name))) for entry in table for folder in entry.folders]
     tasks += [Task(folder, ("short",)) for entry in ablated for folder in entry.folders]
-    tasks += [Task(folder, ("short", "long"), Run(name, dtype)) for folder, dtype in twins for name in BACKENDS]
+    tasks += [Task(given.tiny / TINY, ("short", "long"), Run(name, dtype)) for dtype in DTYPES for name in BACKENDS]
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(partial(start, given, kept), [task for task in dict.fromkeys(tasks) if task.folder.exists()]))
     for entry in table:
         measure_speed(kept, entry.folders[0])
+    write_page(given.page, given.base, given.tiny)
+    print(given.page)
+
+
+def write_page(page: Path, base: Path, tiny: Path) -> None:
+    """The page, from what is kept beside it."""
+    kept = page.with_suffix("")
 
     def of(entries: Sequence[Entry]) -> dict[str, list[Findings]]:
         found = {entry.name: [findings(kept, folder) for folder in entry.folders] for entry in entries}
         return {name: there for name, each in found.items() if (there := [one for one in each if one])}
 
-    both = {dtype: [findings(kept, folder, Run(name, dtype)) for name in BACKENDS] for folder, dtype in twins}
-    page = document(of(table), of(ablated), {name: each for name, each in both.items() if all(each)})
-    write_beside(given.page, page.encode())
-    print(given.page)
+    both = {dtype: [findings(kept, tiny / TINY, Run(name, dtype)) for name in BACKENDS] for dtype in DTYPES}
+    twins = {dtype: each for dtype, each in both.items() if all(each)}
+    write_beside(page, document(of(entries(base, tiny)), of(ablations(tiny / "results")), twins).encode())
 
 
 def entries(base: Path, tiny: Path) -> list[Entry]:
@@ -279,7 +284,7 @@ def cache_bytes(config: ModelConfig) -> int:
 def measure_speed(kept: Path, folder: Path) -> None:
     """Tokens a second in decoding, after a prompt of PROMPT tokens, where they are not known."""
     found = findings(kept, folder)
-    if not found or "tokens_per_second" in found:
+    if not found or not folder.exists() or "tokens_per_second" in found:
         return
     model = load(folder, "torch", "float32")
     ids = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)

@@ -51,22 +51,14 @@ def document(
     table, ablated: the findings about every entry's checkpoints, one a seed. twins: about the shipped one by
     what it is computed in, on both backends.
     """
-    blocks = [
-        HEAD,
-        "## Short clips",
-        _short(table),
-        RATIO_8,
-        "## Clips of sixteen seconds",
-        _long(table),
-        _ratio_of_long(table),
-        "## Few frames",
-        _few(table),
-        "## Both backends",
-        _agreement(twins),
-        "## Conversion: each part of the method left out",
-        _ablations(ablated),
-    ]
-    return "\n\n".join(block for block in blocks if block) + "\n"
+    sections = {
+        "Short clips": f"{_short(table)}\n\n{RATIO_8}",
+        "Clips of sixteen seconds": "\n\n".join(block for block in (_long(table), _ratio_of_long(table)) if block),
+        "Few frames": _few(table),
+        "Both backends": _agreement(twins),
+        "Conversion: each part of the method left out": _ablations(ablated),
+    }
+    return "\n\n".join([HEAD, *(f"## {title}\n\n{body}" for title, body in sections.items() if body)]) + "\n"
 
 
 def by_kind(found: Answers) -> dict[str, float]:
@@ -142,7 +134,7 @@ def _ablations(ablated: Mapping[str, Sequence[Findings]]) -> str:
         kl = [f"{cost[kind]['kl']:.4f}" for kind in ("text", "visual")]
         right = _spread([each["mean"] for each in _means(found, "short")])
         lines.append(_row(name, *kl, right, f"{found[0]['cache_bytes']:,}"))
-    return "\n".join(lines)
+    return "\n".join(lines) if ablated else ""
 
 
 def _same(first: Answers, second: Answers) -> float:

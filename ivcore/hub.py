@@ -16,6 +16,10 @@ from ivcore.errors import CheckpointError
 from ivcore.files import read_json
 from ivcore.shards import Checkpoint, TensorSpec
 
+PACKAGED = "iv3-tiny"
+"""The model that comes with the package; a folder of that name in the working directory goes first."""
+
+_PACKAGED_FOLDER = Path(__file__).with_name(PACKAGED)
 _MODEL_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII)
 _WANTED = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 # Repositories keep other formats, and whole second copies of the weights, in folders.
@@ -45,6 +49,8 @@ class Description:
 
 def resolve(model: str | Path) -> Path:
     """The folder of a model: an existing one as it is, that of an id `owner/name[@revision]` after downloading it.
+
+    PACKAGED names the model that comes with the package.
 
     Raises CheckpointError when there is no such folder or model, or it is neither in the cache nor to be downloaded.
     """
@@ -84,6 +90,8 @@ def _locate(model: str | Path) -> Path | ModelId:
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; name the folder of a checkpoint.")
+    if str(model) == PACKAGED and _PACKAGED_FOLDER.is_dir():
+        return _PACKAGED_FOLDER
     if match := _MODEL_ID.fullmatch(str(model)):
         return ModelId(match["id"], match["revision"])
     raise CheckpointError(
