@@ -202,3 +202,21 @@ def test_a_model_that_is_kept_is_not_made_again_and_what_follows_begins_with_it(
     weights = [folder / "model.safetensors" for folder in (kept / "norm-2-cpt-0", out / "norm-2-cpt-0/model")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert (out / "steps.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("command", [pipeline.main, base_rows.main])
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5"])
+def test_a_number_of_processes_that_is_none_ends_with_one_sentence(
+    command: Callable[[], None],
+    number: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["tiny", "--processes", number])
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 2
+    assert f"argument --processes: {number} is not a number of processes; give 1 or more." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from ivcore.errors import IvError
 from ivcore.files import write_beside
 from train.run_folder import EVALUATIONS, RUN
 from train.tiny.bar import Bar
-from train.tiny.commands import processes_for, run_module
+from train.tiny.commands import add_processes, processes_for, run_module
 from train.tiny.start import write_start
 from train.tiny.tower import train_tower
 from train.toyworld.dataset import BASE_SHARES, write_about, write_dataset
@@ -51,7 +51,7 @@ def main() -> None:
     """Make the base in a folder; exit 1 with one sentence where that fails."""
     parser = argparse.ArgumentParser(description="Train iv3-tiny's base from nothing.")
     parser.add_argument("--out", type=Path, default=Path("build/tiny-base"))
-    parser.add_argument("--processes", type=int, default=1, help="that train together where a recipe's batch allows")
+    add_processes(parser)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     try:

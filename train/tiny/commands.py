@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,18 @@ def run_module(what: str, module: str, *arguments: str, processes: int = 1) -> N
     command = [sys.executable, *several, "-m", module, *arguments]
     if code := subprocess.run(command, check=False).returncode:
         raise TrainingError(f"{what} ended with exit code {code}; run it again, it goes on.")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add --processes to a command's options."""
+    text = "that train together where a recipe's batch allows"
+    parser.add_argument("--processes", type=_at_least_one, default=1, metavar="N", help=text)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of processes; give 1 or more.")
+    return int(text)
 
 
 def processes_for(arguments: Sequence[str], most: int) -> int:

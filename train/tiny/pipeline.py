@@ -33,7 +33,7 @@ from ivcore.errors import IvError
 from ivcore.files import write_beside
 from train.run_folder import RUN
 from train.tiny.base import HELDOUT_CLIPS, MADE, ROWS, TRAIN_CLIPS, write_clips, write_rows
-from train.tiny.commands import processes_for, run_module
+from train.tiny.commands import add_processes, processes_for, run_module
 from train.tiny.kept import lines as kept_lines
 from train.tiny.kept import restore
 from train.toyworld.dataset import BASE_SHARES, LONG_SHARES, write_about, write_dataset
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("build/tiny-base"), help="the folder of make tiny-base")
     parser.add_argument("--out", type=Path, default=Path("build/tiny"))
     parser.add_argument("--only", action="append", help="steps whose names begin with this; may be repeated")
-    parser.add_argument("--processes", type=int, default=1, help="that train together where a recipe's batch allows")
+    add_processes(parser)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     try:
