@@ -4,7 +4,7 @@ Notable:
 - A loss is a plain weighted sum over places; how rows, micro-batches and processes share the weight is the stage's.
 - Statistics are weighted sums as well, so those of several batches are added up.
 - Where both backends must begin with, or do, the very same thing, it is decided here: the first factors of LoRA, which
-  parameters decay, which rows attend as one batch.
+  parameters decay.
 
 The formulas of the losses are in docs/training.md.
 """
@@ -30,17 +30,18 @@ DECODER_LINEARS = ("language_model.layers.*",)
 """Targets that are every linear layer of the decoder's attention and MLP."""
 
 _HEAD_BYTES = 16  # of a place and a token of the vocabulary: logits, their log-softmax, and the gradients of both
-_WASTE = 1 / 8  # of a group of rows that attend together: how much shorter than its longest one a row may be
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows packed one after the other into one sequence of S tokens; no attention across rows.
+    """Rows packed one after the other into one sequence of S tokens; no attention across rows, but for `parents`.
 
     token_ids: int32 (S,). position_ids: int32 (3, S), starting anew in every row. lengths: int32 (rows,), of sum S.
     pixels: float32 (P, patch_dim) or Patches, grid_thw: int32 (N, 3): of all rows in order, or None.
     targets: int32 (S,), the token that each place is to predict (the next one; 0 where the weight is 0).
     weights: float32 (S,), what the loss of a place counts, at least 0, and 0 for places that are not trained on.
+    parents: int32 (rows,), the earlier row that each goes on from, whose tokens its own see and whose positions they go
+        on with, -1 where it is none; None: no row does. A row that another goes on from goes on from none itself.
     """
 
     token_ids: np.ndarray
@@ -50,6 +51,7 @@ class Batch:
     grid_thw: np.ndarray | None
     targets: np.ndarray
     weights: np.ndarray
+    parents: np.ndarray | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -72,6 +74,7 @@ class Batch:
                 raise TrainingError(f"A batch of {length} tokens has {name} of shape {array.shape} instead of {shape}.")
         if not length or self.lengths.sum() != length or self.lengths.min() < 1:
             raise TrainingError(f"A batch of {length} tokens has rows of {self.lengths.tolist()} tokens.")
+        self._check_parents()
         if not np.isfinite(self.weights).all() or self.weights.min() < 0:
             raise TrainingError("A batch has a weight that is negative or not a number.")
         check_token_ids(self.token_ids, config)
@@ -83,6 +86,16 @@ class Batch:
             encoded = len(self.pixels) // config.vision.spatial_merge_size**2
         if visual != encoded:
             raise TrainingError(f"A batch has {visual} visual placeholders, but its pixels make {encoded} tokens.")
+
+    def _check_parents(self) -> None:
+        if self.parents is None:
+            return
+        rows, parents = len(self.lengths), self.parents
+        if parents.shape != (rows,):
+            raise TrainingError(f"A batch of {rows} rows has parents of shape {parents.shape} instead of {(rows,)}.")
+        going_on = parents[parents >= 0]
+        if (parents < -1).any() or (parents >= np.arange(rows)).any() or (parents[going_on] >= 0).any():
+            raise TrainingError(f"A batch has rows that go on from {parents.tolist()}: not earlier rows by themselves.")
 
 
 @dataclass(frozen=True)
@@ -249,31 +262,6 @@ def first_factor(module: str, rank: int, columns: int, seed: int) -> np.ndarray:
     bound = 1 / math.sqrt(columns)
     random = np.random.default_rng([seed, *module.encode()])
     return random.uniform(-bound, bound, (rank, columns)).astype(np.float32)
-
-
-def row_groups(lengths: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rows of nearly one length, which attend as one batch, and the way back.
-
-    Returns index arrays int32 (rows, longest) into the S tokens, and int32 (S,): where the result of each token stands
-    when those of all groups are flattened and joined. A shorter row is filled up with its last token: that comes after
-    its own ones, which under a causal mask do not see it.
-    """
-    starts = np.cumsum(lengths) - lengths
-    groups: list[list[int]] = []
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        if not groups or lengths[row] < (1 - _WASTE) * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    indices, back, at = [], np.empty(int(lengths.sum()), np.int32), 0
-    for group in groups:
-        rows, longest = np.array(group), int(lengths[group[0]])
-        within = np.arange(longest)[None]
-        index = starts[rows, None] + np.minimum(within, lengths[rows, None] - 1)
-        real = within < lengths[rows, None]
-        back[index[real]] = at + np.flatnonzero(real)
-        indices.append(index.astype(np.int32))
-        at += index.size
-    return indices, back
 
 
 def head_block(vocab_size: int, budget: int) -> int:

@@ -31,13 +31,14 @@ FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
+    """Rows of a training batch, which do not see each other, in the groups of `ivcore.row_groups`.
 
-    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups; None
-    where all rows are of one length, and the tokens stand as they came.
+    groups: of each the indices (rows, longest) into the S tokens that are seen, and how many columns do not ask. back:
+    (S,), where each token's result stands in all groups; None where all rows are of one length, and the tokens stand as
+    they came.
     """
 
-    groups: list[mx.array]
+    groups: list[tuple[mx.array, int]]
     back: mx.array | None
 
 
@@ -298,28 +299,29 @@ def attend(
 def attend_rows(
     queries: mx.array, keys: mx.array, values: mx.array, packing: Packing, scale: float, budget: int
 ) -> mx.array:
-    """Causal attention within every row of a packed batch.
+    """Causal attention within every row of a packed batch, and over the row that it goes on from.
 
     queries: (1, H, S, D), keys: (1, G, S, D), values: (1, G, S, Dv), G a divisor of H. Returns (1, H, S, Dv).
     MLX's gradient writes the scores: blocks of queries whose scores fit in `budget` are gone through one after the
     other, and once more in the backward pass.
     """
     parts = []
-    for index in packing.groups:
-        taken = [
-            each[0] if packing.back is None else mx.take(each[0], index, axis=1) for each in (queries, keys, values)
-        ]
-        q, k, v = (each.reshape(each.shape[0], *index.shape, -1).swapaxes(0, 1) for each in taken)
-        rows, heads, longest, _ = q.shape
-        block = vision_query_block(rows, heads, longest, budget)
+    for seen, first in packing.groups:
+        taken = []
+        for each, index in ((queries, seen[:, first:]), (keys, seen), (values, seen)):
+            one = each[0] if packing.back is None else mx.take(each[0], index, axis=1)
+            taken.append(one.reshape(one.shape[0], *index.shape, -1).swapaxes(0, 1))
+        q, k, v = taken  # (rows, H or G, longest, ...), of q its own tokens
+        rows, heads, asking, _ = q.shape
+        block = vision_query_block(rows, heads, k.shape[2], budget)
         whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal")
-        attend_to = whole if block >= longest else mx.checkpoint(whole)
+        attend_to = whole if block >= asking else mx.checkpoint(whole)
         attended = [
-            attend_to(q[:, :, stop - block : stop], k[:, :, :stop], v[:, :, :stop])
-            for stop in range(block, longest + block, block)
+            attend_to(q[:, :, stop - block : stop], k[:, :, : first + stop], v[:, :, : first + stop])
+            for stop in range(block, asking + block, block)
         ]
         joined = mx.concatenate(attended, axis=2)
-        parts.append(joined.swapaxes(0, 1).reshape(heads, rows * longest, -1))
+        parts.append(joined.swapaxes(0, 1).reshape(heads, rows * asking, -1))
     everything = parts[0] if packing.back is None else mx.take(mx.concatenate(parts, axis=1), packing.back, axis=1)
     return everything[None]
 

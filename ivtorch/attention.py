@@ -35,13 +35,14 @@ wider than values: the fused kernel wants one width and takes 1.4 to 1.7 times a
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of a training batch, which do not see each other, in the groups of `ivcore.training.row_groups`.
+    """Rows of a training batch, which do not see each other, in the groups of `ivcore.row_groups`.
 
-    groups: indices (rows, longest) into the S tokens. back: (S,), where each token's result stands in all groups; None
-    where all rows are of one length, and the tokens stand as they came.
+    groups: of each the indices (rows, longest) into the S tokens that are seen, and how many columns do not ask. back:
+    (S,), where each token's result stands in all groups; None where all rows are of one length, and the tokens stand as
+    they came.
     """
 
-    groups: list[torch.Tensor]
+    groups: list[tuple[torch.Tensor, int]]
     back: torch.Tensor | None
 
 
@@ -303,46 +304,50 @@ def attend(
 def attend_rows(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, packing: Packing, scale: float
 ) -> torch.Tensor:
-    """Causal attention within every row of a packed batch.
+    """Causal attention within every row of a packed batch, and over the row that it goes on from.
 
     queries: (1, H, S, D), keys: (1, G, S, D), values: (1, G, S, Dv), G a divisor of H. Returns (1, H, S, Dv).
     """
-    every = [queries, keys, values]
-    if packing.back is not None:
-        order = torch.cat([index.flatten() for index in packing.groups])
-        every = [each.index_select(2, order) for each in every]
-    sizes = [index.numel() for index in packing.groups]
+    seen, asking = [index for index, _ in packing.groups], [index[:, first:] for index, first in packing.groups]
+    taken = []
+    for each, places in ((queries, asking), (keys, seen), (values, seen)):
+        if packing.back is not None:
+            each = each.index_select(2, torch.cat([index.flatten() for index in places]))
+        by_group = each[0].split([index.numel() for index in places], dim=1)
+        shaped = zip(by_group, places, strict=True)
+        taken.append([part.unflatten(1, index.shape).transpose(0, 1) for part, index in shaped])
     on_cpu, widened = queries.device.type == "cpu", keys.shape[-1] > values.shape[-1]
     parts = []
-    by_group = zip(*(each.split(sizes, dim=2) for each in every), strict=True)
-    for index, taken in zip(packing.groups, by_group, strict=True):
-        q, k, v = (each[0].unflatten(1, index.shape).transpose(0, 1) for each in taken)  # (rows, H or G, longest, ...)
-        attend_to = _scored if on_cpu and widened and index.shape[1] <= SCORED else _fused
+    for q, k, v in zip(*taken, strict=True):  # (rows, H or G, longest, ...), of q its own tokens
+        attend_to = _scored if on_cpu and widened and k.shape[2] <= SCORED else _fused
         parts.append(attend_to(q, k, v, scale).transpose(0, 1).flatten(1, 2))  # (H, rows * longest, Dv)
     whole = parts[0] if packing.back is None else torch.cat(parts, dim=1).index_select(1, packing.back)
     return whole[None]
 
 
 def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of (rows, H, S, D), through PyTorch's kernels that write no scores."""
-    width = v.shape[-1]
+    """Causal attention of the last tokens of rows, (rows, H, S, D), through PyTorch's kernels that write no scores."""
+    width, (asking, seen) = v.shape[-1], (q.shape[2], k.shape[2])
     widest = max(width, q.shape[-1])
     # The kernels want one width; columns of zeros change nothing.
     q, k, v = (F.pad(each, (0, widest - each.shape[-1])) if each.shape[-1] < widest else each for each in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=True)[..., :width]
+    mask = causal_lower_right(asking, seen) if asking < seen else None
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=mask is None, enable_gqa=True)
+    return out[..., :width]
 
 
 def _scored(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The same with its scores written."""
     rows, heads, length, width = q.shape
-    groups, parts = k.shape[1], []
+    groups, before, parts = k.shape[1], k.shape[2] - length, []
     for start in range(0, length, QUERIES):
         block = (q[:, :, start : start + QUERIES] * scale).reshape(rows, groups, -1, width)  # a group shares its keys
-        stop = min(start + QUERIES, length)
-        scores = (block @ k[:, :, :stop].transpose(-1, -2)).view(rows, heads, stop - start, stop)
-        unseen = torch.full((stop - start, stop), -torch.inf, dtype=q.dtype, device=q.device).triu(start + 1)
+        asking = min(QUERIES, length - start)
+        stop = before + start + asking
+        scores = (block @ k[:, :, :stop].transpose(-1, -2)).view(rows, heads, asking, stop)
+        unseen = torch.full((asking, stop), -torch.inf, dtype=q.dtype, device=q.device).triu(before + start + 1)
         weights = torch.softmax(scores + unseen, dim=-1).view(rows, groups, -1, stop)
-        parts.append((weights @ v[:, :, :stop]).view(rows, heads, stop - start, -1))
+        parts.append((weights @ v[:, :, :stop]).view(rows, heads, asking, -1))
     return torch.cat(parts, dim=2)
 
 

@@ -29,6 +29,7 @@ from ivcore.checkpoint import manifest
 from ivcore.errors import TrainingError
 from ivcore.floats import narrow
 from ivcore.rotary import text_rope
+from ivcore.row_groups import row_groups
 from ivcore.schedule import frame_groups
 from ivcore.shards import TensorSpec
 from ivcore.training import (
@@ -40,7 +41,6 @@ from ivcore.training import (
     head_block,
     joined_grids,
     parameter_groups,
-    row_groups,
 )
 from ivtorch.attention import Packing, Step
 from ivtorch.cache import Cache
@@ -350,14 +350,16 @@ def _scores(model: Model, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def hidden_states(model: Model, batch: Batch, visual: Visual | None, *, recompute: bool = False) -> torch.Tensor:
-    """Output of the last layer, (S, hidden), no row seeing another.
+    """Output of the last layer, (S, hidden), no row seeing another, but for the one that it goes on from.
 
     recompute: in the backward pass, instead of keeping activations.
     """
     cos, sin = text_rope(model.config.text, batch.position_ids)
-    groups, back = row_groups(batch.lengths)
-    even = (batch.lengths == batch.lengths[0]).all()
-    packing = Packing([_tensor(model, group) for group in groups], None if even else _tensor(model, back))
+    groups, back = row_groups(batch.lengths, batch.parents)
+    even = len(groups) == 1 and (batch.lengths == batch.lengths[0]).all()
+    packing = Packing(
+        [(_tensor(model, group.index), group.first) for group in groups], None if even else _tensor(model, back)
+    )
     step = Step(_tensor(model, cos), _tensor(model, sin), 0, 0, model.memory_budget, packing=packing)
     decoder, token_ids = model.network.model.language_model, _tensor(model, batch.token_ids)[None]
     hidden = decoder(token_ids, step, model.new_cache(), visual, run=_recomputed if recompute else straight)

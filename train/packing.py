@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,25 +141,47 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return packs
 
 
-def to_batch(samples: Sequence[Sample], weights: Sequence[np.ndarray]) -> Batch:
+def to_batch(samples: Sequence[Sample], weights: Sequence[np.ndarray], families: Sequence[int] | None = None) -> Batch:
     """One batch of samples in their order; weights: float (S,) of each one's places.
 
     A target is the next token of the same sample.
+
+    families: how many samples after each other have one prompt, media and all, and are trained on nothing in it; None:
+        each is one by itself. Of several the prompt is there once, but for its last token, and they go on from it.
     """
-    token_ids = np.concatenate([sample.token_ids for sample in samples])
-    lengths = np.array([len(sample) for sample in samples], np.int32)
-    place_weight = np.concatenate(weights).astype(np.float32)
+    rows = list(_rows(samples, families or [1] * len(samples)))
+    token_ids = np.concatenate([samples[index].token_ids[part] for index, part, _ in rows])
+    place_weight = np.concatenate([weights[index][part] for index, part, _ in rows]).astype(np.float32)
     following = np.append(token_ids[1:], 0)
-    grids = [sample.grid_thw for sample in samples if sample.grid_thw is not None]
+    shown = [samples[index] for index, part, _ in rows if part.start == 0]
+    grids = [sample.grid_thw for sample in shown if sample.grid_thw is not None]
+    parents = np.array([parent for _, _, parent in rows], np.int32)
+    positions = [samples[index].position_ids[:, part] for index, part, _ in rows]
     return Batch(
         token_ids=token_ids.astype(np.int32),
-        position_ids=np.concatenate([sample.position_ids for sample in samples], axis=1).astype(np.int32),
-        lengths=lengths,
-        pixels=_joined([sample.pixels for sample in samples if sample.pixels is not None]),
+        position_ids=np.concatenate(positions, axis=1).astype(np.int32),
+        lengths=np.array([part.stop - part.start for _, part, _ in rows], np.int32),
+        pixels=_joined([sample.pixels for sample in shown if sample.pixels is not None]),
         grid_thw=np.concatenate(grids) if grids else None,
         targets=np.where(place_weight != 0, following, 0).astype(np.int32),
         weights=place_weight,
+        parents=parents if (parents >= 0).any() else None,
     )
+
+
+def _rows(samples: Sequence[Sample], families: Sequence[int]) -> Iterator[tuple[int, slice, int]]:
+    """Of every row of a batch the sample, the part of its tokens, and the row that it goes on from."""
+    row = first = 0
+    for size in families:
+        parent, start = -1, 0
+        if size > 1:  # the prompt's last token predicts the first of every answer, so each answer has it
+            parent, start = row, int(np.argmax(samples[first].trained)) - 1
+            yield first, slice(0, start), -1
+            row += 1
+        for index in range(first, first + size):
+            yield index, slice(start, len(samples[index])), parent
+            row += 1
+        first += size
 
 
 def _joined(pixels: Sequence[np.ndarray | Patches]) -> np.ndarray | Patches | None:

@@ -151,11 +151,42 @@ def packs(samples: Sequence[Sample], total: int, budget: int) -> Iterator[tuple[
     """Batches of rollouts of at most `budget` tokens, and which of the samples each holds, in order.
 
     total: the tokens of all answers of the step, in all processes; each weighs 1/total. A sample beyond the budget is
-    alone.
+    alone. Neighbours that were sampled from one prompt have it in the batch once.
     """
-    for indices in first_fit([len(sample) for sample in samples], budget):
-        chosen = [samples[index] for index in indices]
-        yield indices, to_batch(chosen, [place_weights(sample.trained, "token") / total for sample in chosen])
+    families, sizes = _families(samples, budget)
+    for chosen in first_fit(sizes, budget):
+        indices = [index for family in chosen for index in families[family]]
+        weights = [place_weights(samples[index].trained, "token") / total for index in indices]
+        yield (
+            indices,
+            to_batch([samples[index] for index in indices], weights, [len(families[each]) for each in chosen]),
+        )
+
+
+def _families(samples: Sequence[Sample], budget: int) -> tuple[list[list[int]], list[int]]:
+    """Indices of neighbours that share a prompt and a batch, and the tokens that each family of them takes."""
+    families: list[list[int]] = []
+    sizes: list[int] = []
+    for index, sample in enumerate(samples):
+        prompt = int(np.argmax(sample.trained))
+        more = len(sample) - prompt + 1  # its answer, and the prompt's last token, which all of them have
+        if families and _one_prompt(samples[families[-1][0]], sample, prompt) and sizes[-1] + more <= budget:
+            families[-1].append(index)
+            sizes[-1] += more
+        else:
+            families.append([index])
+            sizes.append(len(sample))
+    return families, sizes
+
+
+def _one_prompt(one: Sample, other: Sample, prompt: int) -> bool:
+    """Whether both begin with the same `prompt` tokens and media, and are trained on what follows."""
+    return (
+        prompt > 1
+        and int(np.argmax(one.trained)) == prompt
+        and one.pixels is other.pixels
+        and np.array_equal(one.token_ids[:prompt], other.token_ids[:prompt])
+    )
 
 
 def at_places(batch: Batch, values: np.ndarray) -> np.ndarray:

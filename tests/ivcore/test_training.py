@@ -1,4 +1,4 @@
-"""What training hands to a backend: batches that fit, groups of rows, settings, and the adapter's file."""
+"""What training hands to a backend: batches that fit, settings, and the adapter's file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ivcore.adapter import Adapter, write_adapter
 from ivcore.config import ModelConfig
@@ -24,7 +22,6 @@ from ivcore.training import (
     head_block,
     joined_grids,
     parameter_groups,
-    row_groups,
 )
 
 MICRO = Path(__file__).resolve().parents[1] / "data" / "reference" / "iv3-micro"
@@ -90,20 +87,17 @@ def test_ids_and_pixels_are_looked_at_as_those_of_a_prompt(config: ModelConfig, 
         replace(batch(), **change).check(config)
 
 
-@given(st.lists(st.one_of(st.integers(1, 30), st.integers(1, 4)), min_size=1, max_size=12))
-def test_every_token_attends_once_among_its_own_row(rows: list[int]) -> None:
-    lengths = np.array(rows, np.int32)
-    indices, back = row_groups(lengths)
-    owner = np.repeat(np.arange(len(rows)), rows)
-    flat = np.concatenate([index.ravel() for index in indices])
-    np.testing.assert_array_equal(flat[back], np.arange(lengths.sum()))
-    for index in indices:
-        owners = owner[index]
-        assert (owners == owners[:, :1]).all()
-        for line, row in zip(index, owners[:, 0], strict=True):
-            assert (np.diff(line[: rows[row]]) == 1).all(), "in order, and what fills a row up comes after it"
-            assert rows[row] > 7 / 8 * len(line) - 1e-9
-    assert sum(index.size for index in indices) <= 8 / 7 * lengths.sum() + 1e-9
+@pytest.mark.parametrize("parents", [[-1, 1], [0, -1], [-2, -1], [-1], [-1, -1, 0]])
+def test_a_row_that_goes_on_from_none_before_it_is_refused(config: ModelConfig, parents: list[int]) -> None:
+    with pytest.raises(TrainingError, match=r"parents of shape|rows that go on from"):
+        replace(batch(), parents=np.array(parents, np.int32)).check(config)
+
+
+def test_a_row_may_go_on_from_an_earlier_one_but_not_from_one_that_does_so_itself(config: ModelConfig) -> None:
+    three = replace(batch(), lengths=np.array([2, 1, 4], np.int32))
+    replace(three, parents=np.array([-1, 0, 0], np.int32)).check(config)
+    with pytest.raises(TrainingError, match=r"rows that go on from \[-1, 0, 1\]"):
+        replace(three, parents=np.array([-1, 0, 1], np.int32)).check(config)
 
 
 def test_neighbours_of_one_frame_size_are_joined() -> None:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from ivcore.errors import TrainingError
 from ivcore.inputs import ModelInputs
+from ivcore.positions import position_ids
 from ivcore.sampling import Sampling
 from ivcore.tokenizer import Tokenizer
+from ivcore.training import Batch, LoraSettings, NextToken
 from train.recipe import Data, ResolvedPhase, Rollout
 from train.rollouts import Roller, at_places, packs, prompt_budget, roll_out, rollout_seed
 from train.rows import read_rows
@@ -235,28 +237,106 @@ def test_answers_of_a_lane_do_not_depend_on_how_many_lanes_there_are(
     assert [(group.position, group.answers) for group in many[:2]] == [(group.position, group.answers) for group in few]
 
 
+def sampled(prompts: list[np.ndarray], answers: list[tuple[int, int]], pixels: Any = None) -> list[Sample]:
+    """Of each answer, (which prompt, its length), the sample."""
+    random, samples = np.random.default_rng(7), []
+    for index, (which, length) in enumerate(answers):
+        token_ids = np.concatenate([prompts[which], random.integers(0, WORDS, length)]).astype(np.int32)
+        positions = np.tile(np.arange(len(token_ids), dtype=np.int32), (3, 1))
+        trained = np.arange(len(token_ids)) >= len(prompts[which])
+        samples.append(Sample(str(index), token_ids, trained, positions, pixels, None))
+    return samples
+
+
 @given(
-    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=8), budget=st.integers(1, 30)
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    answers=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=8),
+    budget=st.integers(1, 40),
 )
 def test_packs_hold_each_rollout_once_within_the_budget_and_weigh_one_together(
-    shapes: list[tuple[int, int]], budget: int
+    lengths: list[int], answers: list[tuple[int, int]], budget: int
 ) -> None:
-    samples = []
-    for index, (prompt, answer) in enumerate(shapes):
-        length = prompt + answer
-        positions = np.tile(np.arange(length, dtype=np.int32), (3, 1))
-        token_ids = 100 * index + np.arange(length, dtype=np.int32)
-        samples.append(Sample(str(index), token_ids, np.arange(length) >= prompt, positions, None, None))
-    total = sum(answer for _, answer in shapes)
+    prompts = [100 * which + np.arange(length) for which, length in enumerate(lengths)]
+    samples = sampled(prompts, [(which % len(prompts), length) for which, length in answers])
+    total = sum(length for _, length in answers)
     made = list(packs(samples, total, budget))
     assert sorted(index for indices, _ in made for index in indices) == list(range(len(samples)))
     assert sum(batch.weights.sum(dtype=np.float64) for _, batch in made) == pytest.approx(1, abs=1e-6)
     for indices, batch in made:
         assert len(batch.token_ids) <= budget or len(indices) == 1
-        answers = np.concatenate([samples[index].token_ids[samples[index].trained] for index in indices])
-        np.testing.assert_array_equal(batch.targets[batch.places], answers)
+        said = np.concatenate([samples[index].token_ids[samples[index].trained] for index in indices])
+        np.testing.assert_array_equal(batch.targets[batch.places], said)
         assert set(batch.weights[batch.places].tolist()) == {float(np.float32(np.float32(1) / total))}
-        np.testing.assert_array_equal(at_places(batch, answers), batch.targets)
+        np.testing.assert_array_equal(at_places(batch, said), batch.targets)
+        assert sorted(seen_by_rows(batch)) == sorted(tuple(samples[index].token_ids) for index in indices)
+
+
+def seen_by_rows(batch: Batch) -> list[tuple[int, ...]]:
+    """The tokens of every row that no other goes on from, behind those of the row that it goes on from."""
+    ends = np.cumsum(batch.lengths)
+    parents = np.full(len(ends), -1) if batch.parents is None else batch.parents
+    rows = [tuple(batch.token_ids[end - length : end]) for end, length in zip(ends, batch.lengths, strict=True)]
+    whole = [(rows[parent] if parent >= 0 else ()) + row for row, parent in zip(rows, parents, strict=True)]
+    return [row for index, row in enumerate(whole) if index not in parents]
+
+
+def test_answers_to_one_prompt_have_it_in_their_batch_once() -> None:
+    prompts = [np.arange(20), 100 + np.arange(5)]
+    samples = sampled(prompts, [(0, 3), (0, 1), (0, 4), (1, 2), (1, 2)])
+    ((indices, batch),) = packs(samples, 12, 100)
+    assert indices == [0, 1, 2, 3, 4]
+    assert batch.lengths.tolist() == [19, 4, 2, 5, 4, 3, 3]
+    assert batch.parents is not None
+    assert batch.parents.tolist() == [-1, 0, 0, 0, -1, 4, 4]
+
+
+@pytest.mark.parametrize("what", ["other media", "another token", "one token"])
+def test_what_is_not_one_prompt_is_not_shared(what: str) -> None:
+    first, second = np.arange(6), np.arange(6)
+    if what == "another token":
+        second = np.array([0, 1, 2, 9, 4, 5])
+    if what == "one token":
+        first = second = np.arange(1)
+    samples = [*sampled([first], [(0, 3)]), *sampled([second], [(0, 2)])]
+    if what == "other media":
+        samples = [replace(each, pixels=np.zeros((4, 4), np.float32)) for each in samples]
+    ((_, batch),) = packs(samples, 5, 100)
+    assert batch.parents is None
+    assert batch.lengths.tolist() == [len(sample) for sample in samples]
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(rank=2, targets=("*",)), None], ids=["lora", "full"])
+def test_a_shared_prompt_gives_the_scores_and_gradients_of_one_for_each_answer(
+    folders: dict[str, Path], backend: str, lora: LoraSettings | None, tools: Any
+) -> None:
+    """With a picture in the prompt, on every attention; the vision tower's gradient is among them."""
+    for folder in folders.values():
+        prompt, found = picture_prompt(), []
+        trainer = tools.trainer_of(importlib.import_module(f"iv{backend}").load(folder), lora)
+        trainer = trainer if lora is None else tools.randomize(trainer)
+        answers = sampled([prompt.token_ids], [(0, 5), (0, 1), (0, 3), (0, 5)], prompt.pixels)
+        samples = [
+            replace(each, position_ids=positions_after(prompt, len(each)), grid_thw=prompt.grid_thw) for each in answers
+        ]
+        for group in ([samples], [[sample] for sample in samples]):
+            scores, gradients = [], {name: np.zeros(shape) for name, shape in trainer.trainable.items()}
+            trainer.set_gradients({name: np.zeros(shape, np.float32) for name, shape in trainer.trainable.items()})
+            for part in group:
+                for _, batch in packs(part, 14, 200):
+                    scores.append(trainer.logprobs(batch)[batch.places])
+                    trainer.accumulate(batch, NextToken())
+            gradients = trainer.gradients()
+            found.append((np.concatenate(scores), gradients))
+        np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-5)
+        assert any(name.startswith("model.visual.") for name in found[0][1])
+        assert tools.furthest(found[0][1], found[1][1]) < 1e-4
+
+
+def positions_after(prompt: ModelInputs, length: int) -> np.ndarray:
+    """int32 (3, length) of a prompt with a picture of 2 x 2 visual tokens at token 2, and what follows it."""
+    assert prompt.grid_thw is not None
+    token_ids = np.concatenate([prompt.token_ids, np.zeros(length - len(prompt.token_ids), np.int32)])
+    return position_ids(token_ids, prompt.grid_thw, image_token_id=WORDS, video_token_id=WORDS + 1, merge_size=2)
 
 
 def test_answers_that_leave_no_room_for_a_prompt_are_refused() -> None:
