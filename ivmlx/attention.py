@@ -24,6 +24,7 @@ from ivcore.geometry import AttentionGeometry
 from ivcore.schedule import key_block, vision_query_block
 from ivmlx.cache import KeyValueCache, LatentCache
 from ivmlx.lora import LoraLinear
+from ivmlx.products import Linear, product, softmax_attention, unpacked
 
 Form = Literal["auto", "expanded", "absorbed"]
 FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
@@ -180,7 +181,9 @@ class LatentAttention(nn.Module):
         geometry = self.geometry
         batch, heads, length, _ = q_nope.shape
         up = dense_weight(self.kv_b_proj).reshape(heads, -1, self.rank)  # (H, dn + dv, r)
-        queries = mx.concatenate([q_nope @ up[:, : geometry.nope_dim], q_rope], axis=-1)  # (B, H, S, r + R * dr)
+        queries = mx.concatenate(
+            [product(q_nope, up[:, : geometry.nope_dim]), q_rope], axis=-1
+        )  # (B, H, S, r + R * dr)
 
         def fetch(start: int, stop: int) -> tuple[mx.array, mx.array]:
             # The whole row stands in for the value: slicing the latent out of it would copy the cache at every step.
@@ -189,7 +192,7 @@ class LatentAttention(nn.Module):
 
         block = key_block(batch * heads * length, 0, step.budget, queries.itemsize)
         latent = attend(queries, fetch, step.offset + length, geometry.softmax_scale, block)[..., : self.rank]
-        values = latent @ up[:, geometry.nope_dim :].swapaxes(-1, -2)
+        values = product(latent, up[:, geometry.nope_dim :].swapaxes(-1, -2))
         if "kv_b_proj" in geometry.biases:
             # Its part for the keys shifts all scores of a query alike, which the softmax does not see.
             values = values + self.kv_b_proj.bias.reshape(heads, 1, -1)[..., geometry.nope_dim :]
@@ -282,7 +285,7 @@ def attend(
         stop = min(start + block, total)
         keys, values = fetch(start, stop)
         groups = keys.shape[1]
-        scores = rows.reshape(batch, groups, -1, width) @ keys.swapaxes(-1, -2)  # (B, G, H/G * S, block)
+        scores = product(rows.reshape(batch, groups, -1, width), keys.swapaxes(-1, -2))  # (B, G, H/G * S, block)
         scores = scores.astype(mx.float32)
         if stop - 1 > offset:
             seen = mx.arange(start, stop)[None] <= mx.arange(offset, total)[:, None]  # (S, block)
@@ -291,7 +294,7 @@ def attend(
         new_largest = mx.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights, decay = mx.exp(scores - new_largest), mx.exp(largest - new_largest)
         norm = norm * decay + weights.sum(axis=-1, keepdims=True)
-        out = out * decay + (weights.astype(values.dtype) @ values).astype(mx.float32)
+        out = out * decay + product(weights.astype(values.dtype), values).astype(mx.float32)
         largest = new_largest
     return (out / norm).astype(queries.dtype).reshape(batch, heads, length, -1)
 
@@ -314,7 +317,7 @@ def attend_rows(
         q, k, v = taken  # (rows, H or G, longest, ...), of q its own tokens
         rows, heads, asking, _ = q.shape
         block = vision_query_block(rows, heads, k.shape[2], budget)
-        whole = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask="causal")
+        whole = partial(softmax_attention, scale=scale, mask="causal")
         attend_to = whole if block >= asking else mx.checkpoint(whole)
         attended = [
             attend_to(q[:, :, stop - block : stop], k[:, :, : first + stop], v[:, :, : first + stop])
@@ -331,7 +334,7 @@ def dense_weight(linear: nn.Module) -> mx.array:
     if isinstance(linear, LoraLinear):
         return dense_weight(linear.base) + linear.delta()
     if isinstance(linear, nn.QuantizedLinear):
-        return mx.dequantize(linear.weight, linear.scales, linear.biases, linear.group_size, linear.bits)
+        return unpacked(linear, linear.scales.dtype)
     return linear.weight
 
 
@@ -344,4 +347,4 @@ def _add_linears(module: nn.Module, geometry: AttentionGeometry, layer: int) -> 
     for name, shape in geometry.tensor_shapes(layer).items():
         if name.endswith(".weight") and len(shape) == 2:
             linear = name.removesuffix(".weight")
-            module[linear] = nn.Linear(shape[1], shape[0], bias=linear in geometry.biases)
+            module[linear] = Linear(shape[1], shape[0], bias=linear in geometry.biases)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from ivcore.config import ModelConfig, TextConfig
 from ivmlx.attention import Step, build_attention
 from ivmlx.cache import Cache
+from ivmlx.products import Embedding, Linear
 from ivmlx.vision import Observe, VisionTower, unobserved
 
 
@@ -32,9 +33,9 @@ class Visual:
 class MLP(nn.Module):
     def __init__(self, text: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(text.intermediate_size, text.hidden_size, bias=False)
+        self.gate_proj = Linear(text.hidden_size, text.intermediate_size, bias=False)
+        self.up_proj = Linear(text.hidden_size, text.intermediate_size, bias=False)
+        self.down_proj = Linear(text.intermediate_size, text.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -64,7 +65,7 @@ def straight(layer: nn.Module, x: mx.array, step: Step, cache: Cache, index: int
 class LanguageModel(nn.Module):
     def __init__(self, text: TextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
         self.layers = [DecoderLayer(text, layer) for layer in range(text.num_hidden_layers)]
         self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
 
@@ -107,7 +108,7 @@ class Network(nn.Module):
         super().__init__()
         self.model = VideoLanguageModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Output of the last layer (..., hidden) -> float32 logits (..., vocab)."""

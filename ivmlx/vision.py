@@ -15,6 +15,7 @@ from ivcore.config import VisionConfig
 from ivcore.rotary import position_taps, vision_rope
 from ivcore.schedule import vision_query_block
 from ivmlx.attention import fused
+from ivmlx.products import Linear, product, softmax_attention
 
 NORM_EPS = 1e-6
 Observe = Callable[[str, mx.array], mx.array]
@@ -35,7 +36,7 @@ class PatchProjection(nn.Module):
         self.bias = mx.zeros((config.hidden_size,))
 
     def __call__(self, patches: mx.array) -> mx.array:
-        return patches @ self.weight.reshape(self.weight.shape[0], -1).T + self.bias
+        return product(patches, self.weight.reshape(self.weight.shape[0], -1).T) + self.bias
 
 
 class PatchEmbed(nn.Module):
@@ -50,8 +51,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def __call__(self, x: mx.array, cos: mx.array, sin: mx.array, budget: int) -> mx.array:
         """x: (frames, P, hidden); cos, sin: (P, head_dim / 2)."""
@@ -62,7 +63,7 @@ class VisionAttention(nn.Module):
         whole = fused(patches, queries.shape[-1])
         block = patches if whole else vision_query_block(frames, self.num_heads, patches, budget)
         attended = [
-            mx.fast.scaled_dot_product_attention(queries[:, :, start : start + block], keys, values, scale=scale)
+            softmax_attention(queries[:, :, start : start + block], keys, values, scale)
             for start in range(0, patches, block)
         ]
         out = mx.concatenate(attended, axis=2)
@@ -72,8 +73,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.linear_fc2(nn.gelu_approx(self.linear_fc1(x)))
@@ -100,8 +101,8 @@ class PatchMerger(nn.Module):
         self.merged_size = config.hidden_size * config.spatial_merge_size**2
         self.norm_after_merge = norm_after_merge
         self.norm = nn.LayerNorm(self.merged_size if norm_after_merge else config.hidden_size, eps=NORM_EPS)
-        self.linear_fc1 = nn.Linear(self.merged_size, self.merged_size)
-        self.linear_fc2 = nn.Linear(self.merged_size, config.out_hidden_size)
+        self.linear_fc1 = Linear(self.merged_size, self.merged_size)
+        self.linear_fc2 = Linear(self.merged_size, config.out_hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: (frames, P, hidden) -> (frames * P / merge^2, out_hidden)."""
