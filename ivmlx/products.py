@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-FEW = 4
+FEW = 1
 """Rows up to which MLX's loop over a packed matrix takes no longer than to unpack it."""
 
 
