@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -71,6 +71,9 @@ class Model(Protocol):
     def continue_from(
         self, logits: np.ndarray, cache: Any, *, max_tokens: int = 512, sampling: Sampling | None = None
     ) -> Iterator[int]: ...
+    def continue_each(
+        self, logits: np.ndarray, cache: Any, samplings: Sequence[Sampling], *, max_tokens: int = 512
+    ) -> list[list[int]]: ...
 
 
 def load(path: str | Path, backend: BackendName = "auto", dtype: str | None = None) -> Model:

@@ -9,6 +9,7 @@ Notable:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 
 import mlx.core as mx
@@ -43,13 +44,18 @@ class Buffer:
         assert self.array is not None
         return self.array[self._span(start, stop)]
 
-    def fork(self) -> Buffer:
-        """A buffer with the same rows; either copies them when it is next written to."""
+    def fork(self, rows: int = 1) -> Buffer:
+        """A buffer with the same tokens, which are copied when it is next written to; as often as `rows` says."""
         other = copy(self)
         if self.array is not None:
             # A slice is another name for the value: writing to one replaces it there, and leaves the other's as it was.
-            other.array = self.array[:]
+            other.array = self.array[:] if rows == 1 else mx.repeat(self.array, rows, axis=0)
         return other
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of several rows only these."""
+        if self.array is not None:
+            self.array = self.array[mx.array(list(rows))]
 
     @property
     def token_bytes(self) -> int:
@@ -69,9 +75,9 @@ class LatentCache:
     def append(self, rows: mx.array, at: int, room: int) -> None:
         self.rows.write(rows, at, room)
 
-    def fork(self) -> LatentCache:
+    def fork(self, rows: int = 1) -> LatentCache:
         other = copy(self)
-        other.rows = self.rows.fork()
+        other.rows = self.rows.fork(rows)
         return other
 
     @property
@@ -89,9 +95,9 @@ class KeyValueCache:
         self.keys.write(keys, at, room)
         self.values.write(values, at, room)
 
-    def fork(self) -> KeyValueCache:
+    def fork(self, rows: int = 1) -> KeyValueCache:
         other = copy(self)
-        other.keys, other.values = self.keys.fork(), self.values.fork()
+        other.keys, other.values = self.keys.fork(rows), self.values.fork(rows)
         return other
 
     @property
@@ -139,11 +145,19 @@ class Cache:
         self._next_positions = self._next_positions[: self.length - n]
         return n
 
-    def fork(self) -> Cache:
-        """Another cache that holds the same; what is appended to one is not in the other."""
+    def fork(self, rows: int = 1) -> Cache:
+        """Another cache that holds the same; what is appended to one is not in the other.
+
+        rows: how many sequences go on from it side by side, each with a copy of what is held.
+        """
         other = copy(self)
-        other.layers = [layer.fork() for layer in self.layers]
+        other.layers = [layer.fork(rows) for layer in self.layers]
         return other
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the sequences side by side only these."""
+        for buffer in self._buffers():
+            buffer.keep(rows)
 
     def arrays(self) -> list[mx.array]:
         """All storage, for `mx.eval`."""

@@ -9,6 +9,7 @@ Notable:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
@@ -44,10 +45,18 @@ class Buffer:
         assert self.array is not None
         return self.array[self._span(start, stop)]
 
-    def fork(self) -> Buffer:
-        """A buffer with the same rows; either copies them when it is next written to."""
+    def fork(self, rows: int = 1) -> Buffer:
+        """A buffer with the same tokens, which are copied when it is next written to; as often as `rows` says."""
         self._shared = True
-        return copy(self)
+        other = copy(self)
+        if self.array is not None and rows > 1:
+            other.array = self.array.expand(rows, *self.array.shape[1:])
+        return other
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of several rows only these."""
+        if self.array is not None:
+            self.array, self._shared = self.array[list(rows)], False
 
     @property
     def token_bytes(self) -> int:
@@ -67,9 +76,9 @@ class LatentCache:
     def append(self, rows: torch.Tensor, at: int, room: int) -> None:
         self.rows.write(rows, at, room)
 
-    def fork(self) -> LatentCache:
+    def fork(self, rows: int = 1) -> LatentCache:
         other = copy(self)
-        other.rows = self.rows.fork()
+        other.rows = self.rows.fork(rows)
         return other
 
     @property
@@ -87,9 +96,9 @@ class KeyValueCache:
         self.keys.write(keys, at, room)
         self.values.write(values, at, room)
 
-    def fork(self) -> KeyValueCache:
+    def fork(self, rows: int = 1) -> KeyValueCache:
         other = copy(self)
-        other.keys, other.values = self.keys.fork(), self.values.fork()
+        other.keys, other.values = self.keys.fork(rows), self.values.fork(rows)
         return other
 
     @property
@@ -137,11 +146,19 @@ class Cache:
         self._next_positions = self._next_positions[: self.length - n]
         return n
 
-    def fork(self) -> Cache:
-        """Another cache that holds the same; what is appended to one is not in the other."""
+    def fork(self, rows: int = 1) -> Cache:
+        """Another cache that holds the same; what is appended to one is not in the other.
+
+        rows: how many sequences go on from it side by side, each with a copy of what is held.
+        """
         other = copy(self)
-        other.layers = [layer.fork() for layer in self.layers]
+        other.layers = [layer.fork(rows) for layer in self.layers]
         return other
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Of the sequences side by side only these."""
+        for buffer in self._buffers():
+            buffer.keep(rows)
 
     def _buffers(self) -> list[Buffer]:
         return [buffer for layer in self.layers for buffer in layer.buffers]

@@ -9,7 +9,7 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -142,14 +142,9 @@ class Model:
             last = hidden[:, -1]
         return _numpy(self.network.logits(last)[0])
 
-    @torch.inference_mode()
     def decode(self, token_id: int, cache: Cache) -> np.ndarray:
         """Append one text token to the cache; returns the logits (vocab,) after it."""
-        token_ids = np.array([token_id])
-        check_token_ids(token_ids, self.config)
-        positions = np.full((3, 1), cache.next_position, dtype=np.int32)
-        hidden = self._chunk(token_ids, positions, cache, None, None)
-        return _numpy(self.network.logits(hidden[:, -1])[0])
+        return self._decode_rows([token_id], cache)[0]
 
     def generate(
         self,
@@ -182,6 +177,51 @@ class Model:
                 return
             logits = self.decode(generated[-1], cache)
 
+    def continue_each(
+        self, logits: np.ndarray, cache: Cache, samplings: Sequence[Sampling], *, max_tokens: int = 512
+    ) -> list[list[int]]:
+        """Of several answers after one prompt, each what `continue_from` gives with its sampling, but for rounding.
+
+        They are decoded side by side, as many as their copies of the cache leave in the memory budget.
+        """
+        most = max(1, self.memory_budget // max(1, cache.nbytes))
+        answers: list[list[int]] = []
+        for start in range(0, len(samplings), most):
+            answers += self._side_by_side(logits, cache, samplings[start : start + most], max_tokens)
+        return answers
+
+    def _side_by_side(
+        self, logits: np.ndarray, cache: Cache, samplings: Sequence[Sampling], max_tokens: int
+    ) -> list[list[int]]:
+        samplers, answers = [Sampler(each) for each in samplings], [list[int]() for _ in samplings]
+        held = list(range(len(samplings)))  # the answer that each row of the cache is of
+        wide, scores = cache.fork(len(held)), np.tile(logits, (len(held), 1))
+        while True:
+            going = []
+            for row, index in enumerate(held):
+                answer = answers[index]
+                if answer and answer[-1] in self.stop_ids:
+                    continue
+                answer.append(samplers[index](scores[row], answer))
+                if answer[-1] not in self.stop_ids:
+                    going.append(row)
+            full = wide.length >= self.config.text.max_position_embeddings
+            if not going or full or len(answers[held[going[0]]]) == max_tokens:
+                return answers
+            if 2 * len(going) <= len(held):  # else those that have ended are carried along, at no cost to the others
+                held = [held[row] for row in going]
+                wide.keep(going)
+            scores = self._decode_rows([answers[index][-1] for index in held], wide)
+
+    @torch.inference_mode()
+    def _decode_rows(self, token_ids: Sequence[int], cache: Cache) -> np.ndarray:
+        """Append one text token to every row of the cache; returns the logits (rows, vocab) after them."""
+        rows = np.array(token_ids)
+        check_token_ids(rows, self.config)
+        positions = np.full((3, 1), cache.next_position, dtype=np.int32)
+        hidden = self._chunk(rows[:, None], positions, cache, None, None)
+        return _numpy(self.network.logits(hidden[:, -1]))
+
     def _run(
         self,
         inputs: ModelInputs,
@@ -213,7 +253,7 @@ class Model:
             stop = min(start + size, len(token_ids))
             index = np.flatnonzero(is_visual[start:stop])
             visual = features(index) if len(index) else None
-            yield self._chunk(token_ids[start:stop], positions[:, start:stop], cache, visual, observe)
+            yield self._chunk(token_ids[None, start:stop], positions[:, start:stop], cache, visual, observe)
             if on_progress:
                 on_progress("prefill", stop, len(token_ids))
 
@@ -225,12 +265,13 @@ class Model:
         visual: Visual | None,
         observe: Observer | None,
     ) -> torch.Tensor:
+        """Append tokens (B, S), all at the same positions (3, S), to the cache's rows; the last layer's output."""
         cos, sin = text_rope(self.config.text, positions)
         step = Step(
             self._tensor(cos), self._tensor(sin), cache.length, cache.room, self.memory_budget, self.form
         )  # fmt: skip
         watch = self._watch(observe)
-        hidden = self.network.model.language_model(self._tensor(token_ids)[None], step, cache, visual, watch)
+        hidden = self.network.model.language_model(self._tensor(token_ids), step, cache, visual, watch)
         cache.commit(positions)
         return hidden
 

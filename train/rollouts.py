@@ -1,6 +1,6 @@
 """Rollouts: answers that the model being trained samples itself, several to one prompt.
 
-- A prompt is prefilled once; each of its rollouts goes on from a fork of that cache.
+- A prompt is prefilled once; its rollouts go on from that cache side by side.
 - A rollout's seed follows from the run's seed, the step, the prompt's lane and the rollout's number: it does not depend
   on what was sampled before it, on another process, or on where the run was resumed.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ivcore.backend import Cache, Model
+from ivcore.backend import Model
 from ivcore.errors import TrainingError
 from ivcore.inputs import ModelInputs
 from ivcore.sampling import Sampling
@@ -121,19 +121,21 @@ def roll_out(model: Model, prompt: ModelInputs, settings: Rollout, *where: int) 
     """
     cache = model.new_cache()
     logits = model.prefill(prompt, cache)
-    return tuple(_answer(model, logits, cache, settings, *where, number) for number in range(settings.rollouts))
-
-
-def _answer(model: Model, logits: np.ndarray, cache: Cache, settings: Rollout, *where: int) -> Answer:
     # In a sample a placeholder stands for a visual token, which no answer can hold, so such an answer is drawn again.
     placeholders = {model.config.image_token_id, model.config.video_token_id}
+    answers: dict[int, Answer] = {}
     for attempt in range(ATTEMPTS):
-        seed = rollout_seed(*where, attempt)
-        sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=seed)
-        tokens = model.continue_from(logits, cache.fork(), max_tokens=settings.max_tokens, sampling=sampling)
-        token_ids = tuple(tokens)
-        if placeholders.isdisjoint(token_ids):
-            return Answer(token_ids, cut_off=token_ids[-1] not in model.stop_ids)
+        missing = [number for number in range(settings.rollouts) if number not in answers]
+        samplings = [
+            Sampling(settings.temperature, top_p=settings.top_p, seed=rollout_seed(*where, number, attempt))
+            for number in missing
+        ]
+        drawn = model.continue_each(logits, cache, samplings, max_tokens=settings.max_tokens)
+        for number, token_ids in zip(missing, drawn, strict=True):
+            if placeholders.isdisjoint(token_ids):
+                answers[number] = Answer(tuple(token_ids), cut_off=token_ids[-1] not in model.stop_ids)
+        if len(answers) == settings.rollouts:
+            return tuple(answers[number] for number in range(settings.rollouts))
     raise TrainingError(f"{ATTEMPTS} answers in a row held placeholders of images or videos; the model is broken.")
 
 

@@ -167,6 +167,36 @@ def test_a_rollout_is_what_generate_gives_with_its_seed(model: Any, stops: froze
     assert len(set(answers)) > 1
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=7), stops=st.sets(st.integers(0, 12)),
+    most=st.integers(1, 12), rows=st.integers(1, 7), room=st.integers(0, 20),
+)  # fmt: skip
+def test_answers_side_by_side_are_those_that_each_is_alone(
+    model: Any, seeds: list[int], stops: set[int], most: int, rows: int, room: int
+) -> None:
+    """However many go side by side, whenever each ends, and where the context does; the cache stays as it was."""
+    cache = model.new_cache()
+    logits = model.prefill(picture_prompt(), cache)
+    text = model.config.text.model_copy(update={"max_position_embeddings": cache.length + room})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "stop_ids", frozenset(stops))
+        patch.setattr(model, "memory_budget", rows * cache.nbytes)
+        patch.setattr(model, "config", model.config.model_copy(update={"text": text}))
+        samplings = [Sampling(temperature=1.5, seed=seed) for seed in seeds]
+        together = model.continue_each(logits, cache, samplings, max_tokens=most)
+        alone = [list(model.continue_from(logits, cache.fork(), max_tokens=most, sampling=each)) for each in samplings]
+    assert together == alone
+    assert cache.length == len(picture_prompt().token_ids)
+    np.testing.assert_allclose(model.decode(3, cache), model.decode(3, prefilled(model)), atol=1e-5)
+
+
+def prefilled(model: Any) -> Any:
+    cache = model.new_cache()
+    model.prefill(picture_prompt(), cache)
+    return cache
+
+
 def test_the_prompt_of_a_group_is_read_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     prefill: Callable[..., Any] = model.prefill
