@@ -87,7 +87,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "long", "long-talks", "long-descriptions", "short-talks", "stills-talks", "moves-talks", "pairs-talks", "texts",
         "echoes",
     ),
-    "rl": ("spans", "long-spans"),
+    "rl": ("spans", "long-spans", "short", "long"),
     "distill": ("short", "long"),
     "sft-act": ("echoes", "runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
     "rl-act": ("questions",),
