@@ -13,15 +13,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
 # Matrices this small are slower on several threads; set before torch or a BLAS is loaded, and for subprocesses as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# The same examples in every run, and none of hypothesis's folders in the clone.
-settings.register_profile("repeatable", derandomize=True, database=None)
+# The same examples in every run, none of hypothesis's folders in the clone, and no failure for a machine that is busy.
+settings.register_profile(
+    "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("repeatable")
 _hypothesis_home = tempfile.mkdtemp()
 set_hypothesis_home_dir(_hypothesis_home)

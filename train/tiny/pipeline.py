@@ -53,8 +53,8 @@ CHAIN = ("sft-short", "sft-long", "rl", "distill")
 ACTING = ("sft-act", "rl-act")
 """Those behind the chain, which only the first seed's model goes through; what ships has not."""
 
-DTYPES: Mapping[str, str] = {"rl": "float32", "distill": "float32", "rl-act": "float32"}
-"""What a stage computes in, where not in bfloat16: samples and their likelihoods are those of unrounded weights."""
+DTYPES: Mapping[str, str] = {"rl": "float32", "rl-act": "float32"}
+"""What a stage computes in, where not in bfloat16: the small steps of rl are taken on unrounded likelihoods."""
 
 SHORT_SHARES: Mapping[str, float] = {
     **{kind: 0.62 * share for kind, share in BASE_SHARES.items() if kind != "said"},
