@@ -136,13 +136,17 @@ def write_page(page: Path, base: Path, tiny: Path) -> None:
     """The page, from what is kept beside it."""
     kept = page.with_suffix("")
 
-    def of(entries: Sequence[Entry]) -> dict[str, list[Findings]]:
+    def of(entries: Sequence[Entry], *views: str) -> dict[str, list[Findings]]:
         found = {entry.name: [findings(kept, folder) for folder in entry.folders] for entry in entries}
-        return {name: there for name, each in found.items() if (there := [one for one in each if one])}
+        asked = {name: [one for one in each if set(views) <= set(one.get("views", {}))] for name, each in found.items()}
+        return {name: there for name, there in asked.items() if there}
 
     both = {dtype: [findings(kept, tiny / TINY, Run(name, dtype)) for name in BACKENDS] for dtype in DTYPES}
     twins = {dtype: each for dtype, each in both.items() if all(each)}
-    write_beside(page, document(of(entries(base, tiny)), of(ablations(tiny / "results")), twins).encode())
+    write_beside(
+        page,
+        document(of(entries(base, tiny), "short", "long"), of(ablations(tiny / "results"), "short"), twins).encode(),
+    )
 
 
 def entries(base: Path, tiny: Path) -> list[Entry]:

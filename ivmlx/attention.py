@@ -24,7 +24,7 @@ from ivcore.geometry import AttentionGeometry
 from ivcore.schedule import key_block, vision_query_block
 from ivmlx.cache import KeyValueCache, LatentCache
 from ivmlx.lora import LoraLinear
-from ivmlx.products import Linear, product, softmax_attention, unpacked
+from ivmlx.products import Linear, product, softmax_attention, unpacked, wide_product
 
 Form = Literal["auto", "expanded", "absorbed"]
 FUSED_PREFILL_DIMS, FUSED_DECODE_DIMS = (64, 72, 80, 128), (64, 96, 128, 256)
@@ -285,8 +285,7 @@ def attend(
         stop = min(start + block, total)
         keys, values = fetch(start, stop)
         groups = keys.shape[1]
-        scores = product(rows.reshape(batch, groups, -1, width), keys.swapaxes(-1, -2))  # (B, G, H/G * S, block)
-        scores = scores.astype(mx.float32)
+        scores = wide_product(rows.reshape(batch, groups, -1, width), keys.swapaxes(-1, -2))  # (B, G, H/G * S, block)
         if stop - 1 > offset:
             seen = mx.arange(start, stop)[None] <= mx.arange(offset, total)[:, None]  # (S, block)
             by_token = scores.reshape(batch, heads, length, stop - start)
@@ -294,7 +293,7 @@ def attend(
         new_largest = mx.maximum(largest, scores.max(axis=-1, keepdims=True))
         weights, decay = mx.exp(scores - new_largest), mx.exp(largest - new_largest)
         norm = norm * decay + weights.sum(axis=-1, keepdims=True)
-        out = out * decay + product(weights.astype(values.dtype), values).astype(mx.float32)
+        out = out * decay + wide_product(weights, values)
         largest = new_largest
     return (out / norm).astype(queries.dtype).reshape(batch, heads, length, -1)
 

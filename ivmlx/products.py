@@ -25,6 +25,13 @@ def product(a: mx.array, b: mx.array) -> mx.array:
     return (a.astype(mx.float32) @ b.astype(mx.float32)).astype(a.dtype)
 
 
+def wide_product(a: mx.array, b: mx.array) -> mx.array:
+    """a @ b in float32, rounded to b's dtype before only where a GPU makes it."""
+    if _on_cpu():
+        return a.astype(mx.float32) @ b.astype(mx.float32)
+    return (a.astype(b.dtype) @ b).astype(mx.float32)
+
+
 def softmax_attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Literal["causal"] | None = None
 ) -> mx.array:

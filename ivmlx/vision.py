@@ -15,7 +15,7 @@ from ivcore.config import VisionConfig
 from ivcore.rotary import position_taps, vision_rope
 from ivcore.schedule import vision_query_block
 from ivmlx.attention import fused
-from ivmlx.products import Linear, product, softmax_attention
+from ivmlx.products import Linear, softmax_attention, wide_product
 
 NORM_EPS = 1e-6
 Observe = Callable[[str, mx.array], mx.array]
@@ -36,7 +36,7 @@ class PatchProjection(nn.Module):
         self.bias = mx.zeros((config.hidden_size,))
 
     def __call__(self, patches: mx.array) -> mx.array:
-        return product(patches, self.weight.reshape(self.weight.shape[0], -1).T) + self.bias
+        return (wide_product(patches, self.weight.reshape(self.weight.shape[0], -1).T) + self.bias).astype(patches.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -47,6 +47,7 @@ def check(got: Any, expected: np.ndarray, dtype: str) -> None:
 def test_a_product_is_rounded_once(rows: int, inner: int, columns: int, dtype: str, seed: int) -> None:
     a, b = (random(seed, *shape).astype(getattr(mx, dtype)) for shape in ((2, rows, inner), (inner, columns)))
     check(products.product(a, b), wide(a) @ wide(b), dtype)
+    check(products.wide_product(a, b), wide(a) @ wide(b), "float32")
 
 
 @settings(deadline=None)
