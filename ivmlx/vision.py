@@ -36,7 +36,8 @@ class PatchProjection(nn.Module):
         self.bias = mx.zeros((config.hidden_size,))
 
     def __call__(self, patches: mx.array) -> mx.array:
-        return (wide_product(patches, self.weight.reshape(self.weight.shape[0], -1).T) + self.bias).astype(patches.dtype)
+        matrix = self.weight.reshape(self.weight.shape[0], -1)
+        return (wide_product(patches, matrix.T) + self.bias).astype(patches.dtype)
 
 
 class PatchEmbed(nn.Module):
