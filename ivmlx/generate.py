@@ -191,23 +191,20 @@ class Model:
     ) -> list[list[int]]:
         samplers, answers = [Sampler(each) for each in samplings], [list[int]() for _ in samplings]
         held = list(range(len(samplings)))  # the answer that each row of the cache is of
+        going = list(range(len(held)))  # the rows whose answers have not ended
         wide, scores = cache.fork(len(held)), np.tile(logits, (len(held), 1))
-        while True:
-            going = []
-            for row, index in enumerate(held):
-                answer = answers[index]
-                if answer and answer[-1] in self.stop_ids:
-                    continue
-                answer.append(samplers[index](scores[row], answer))
-                if answer[-1] not in self.stop_ids:
-                    going.append(row)
-            full = wide.length >= self.config.text.max_position_embeddings
-            if not going or full or len(answers[held[going[0]]]) == max_tokens:
-                return answers
-            if 2 * len(going) <= len(held):  # else those that have ended are carried along, at no cost to the others
-                held = [held[row] for row in going]
-                wide.keep(going)
-            scores = self._decode_rows([answers[index][-1] for index in held], wide)
+        for number in range(max_tokens):
+            if number:
+                if 2 * len(going) <= len(held):  # else those that have ended are carried along
+                    wide.keep(going)
+                    held, going = [held[row] for row in going], list(range(len(going)))
+                scores = self._decode_rows([answers[index][-1] for index in held], wide)
+            for row in going:
+                answers[held[row]].append(samplers[held[row]](scores[row], answers[held[row]]))
+            going = [row for row in going if answers[held[row]][-1] not in self.stop_ids]
+            if not going or wide.length >= self.config.text.max_position_embeddings:
+                break
+        return answers
 
     def _decode_rows(self, token_ids: Sequence[int], cache: Cache) -> np.ndarray:
         """Append one text token to every row of the cache; returns the logits (rows, vocab) after them."""

@@ -26,7 +26,7 @@ def product(a: mx.array, b: mx.array) -> mx.array:
 
 
 def wide_product(a: mx.array, b: mx.array) -> mx.array:
-    """a @ b in float32, rounded to b's dtype before only where a GPU makes it."""
+    """a @ b in float32; on a GPU it is made in b's dtype and widened."""
     if _on_cpu():
         return a.astype(mx.float32) @ b.astype(mx.float32)
     return (a.astype(b.dtype) @ b).astype(mx.float32)

@@ -35,7 +35,7 @@ wider than values: the fused kernel wants one width and takes 1.4 to 1.7 times a
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of a training batch, which do not see each other, in the groups of `ivcore.row_groups`.
+    """Rows of a training batch, each sees itself and the row that it goes on from, in groups of `ivcore.row_groups`.
 
     groups: of each the indices (rows, longest) into the S tokens that are seen, and how many columns do not ask. back:
     (S,), where each token's result stands in all groups; None where all rows are of one length, and the tokens stand as
@@ -52,7 +52,7 @@ class Step:
 
     cos, sin: float32 (S, rope_dim / 2). offset: tokens in the cache before these. room: tokens to make place for.
     budget: bytes of working memory. form: how M2LA attends; "auto" takes the cheaper one. packing: the rows of a
-    training batch, which attend within themselves and leave nothing in the cache.
+    training batch, which leave nothing in the cache.
     """
 
     cos: torch.Tensor

@@ -159,10 +159,8 @@ def packs(samples: Sequence[Sample], total: int, budget: int) -> Iterator[tuple[
     for chosen in first_fit(sizes, budget):
         indices = [index for family in chosen for index in families[family]]
         weights = [place_weights(samples[index].trained, "token") / total for index in indices]
-        yield (
-            indices,
-            to_batch([samples[index] for index in indices], weights, [len(families[each]) for each in chosen]),
-        )
+        shared = [len(families[family]) for family in chosen]
+        yield indices, to_batch([samples[index] for index in indices], weights, shared)
 
 
 def _families(samples: Sequence[Sample], budget: int) -> tuple[list[list[int]], list[int]]:
