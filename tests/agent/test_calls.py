@@ -22,13 +22,13 @@ ARGUMENTS = st.dictionaries(TEXT, VALUES, max_size=4)
 
 
 @given(TEXT, ARGUMENTS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_written_is_read_back(name: str, arguments: dict[str, object]) -> None:
     assert parse(written(name, arguments)) == ("", [Parsed(name, arguments)])
 
 
 @given(st.lists(st.tuples(TEXT, ARGUMENTS), max_size=4), st.lists(st.text('ab {}"\n>é犬', max_size=9), min_size=5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_calls_come_in_order_and_the_text_around_them_is_what_is_left(
     calls: list[tuple[str, dict[str, object]]], texts: list[str]
 ) -> None:
@@ -41,7 +41,6 @@ def test_calls_come_in_order_and_the_text_around_them_is_what_is_left(
 
 
 @given(st.text(max_size=200) | st.text(f'{OPEN}{CLOSE}{{}}[]":,\\ue1-', max_size=200))
-@settings(deadline=None)
 def test_any_text_is_read_and_what_was_read_fits_into_a_trace(said: str) -> None:
     _, calls = parse(f"{OPEN}{said}")
     assert calls

@@ -107,7 +107,7 @@ def test_a_note_written_twice_is_held_once_and_one_that_differs_beside_it(held: 
     assert held.videos()[0].notes == 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     texts=st.lists(
         st.text(st.sampled_from("aber éß犬ﬁ'’-_.,09\n\u00ad\u0301") | st.characters(), max_size=40), max_size=12
@@ -186,7 +186,7 @@ Step = tuple[str, str, int]
 
 @given(st.lists(st.tuples(st.sampled_from(["replace", "note", "remove", "index"]), st.sampled_from([A, B]),
                           st.integers(0, 3)), max_size=7))  # fmt: skip
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_sequence_of_writes_leaves_what_a_dictionary_would_hold(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
 ) -> None:

@@ -152,7 +152,7 @@ def test_verify_finds_records_that_a_damaged_index_does_not_find(tmp_path: Path,
 
 
 @given(number=st.integers(0, 10**6), keep=st.floats(0, 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_whatever_file_is_cut_short_the_library_works_or_says_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, number: int, keep: float
 ) -> None:
@@ -167,7 +167,7 @@ def test_whatever_file_is_cut_short_the_library_works_or_says_one_sentence(
 
 # The same bytes in every run: over a few LanceDB never returns, see docs/library.md.
 @given(number=st.integers(0, 10**6), place=st.floats(0, 1))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 def test_whatever_byte_is_wrong_the_library_works_or_says_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, number: int, place: float
 ) -> None:

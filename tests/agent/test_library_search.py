@@ -182,7 +182,7 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> tuple[Collection, str]:
 
 @given(query=st.text(max_size=60), mode=st.sampled_from(MODES), kinds=st.sets(st.sampled_from(KINDS)),
        k=st.integers(1, 20))  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_query_crashes_or_leaves_its_filter(
     strange: tuple[Collection, str], query: str, mode: Mode, kinds: set[str], k: int
 ) -> None:

@@ -301,7 +301,7 @@ def skeleton(page: Page) -> list[tuple[str, list[str]]]:
     return [(tag, sorted(attributes)) for tag, attributes in page.elements]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(min_size=1, max_size=40) | st.text("<>\"'&/=! \n\x00\x1b\x9b{}%-a", min_size=1, max_size=40))
 def test_no_text_becomes_a_part_of_the_page(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     # Empty texts and file names of several parts are told in other ways, so the text begins and ends with a letter.

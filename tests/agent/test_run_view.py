@@ -126,7 +126,7 @@ def test_no_text_passes_for_a_line_of_another_kind() -> None:
     assert all(forged[place].startswith('"') for place in calls)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text() | st.text("\n\r\t\x1b\x9b\x00\x85\u2028 a[", min_size=1))
 def test_no_line_holds_a_control_character(text: str) -> None:
     for entry in entries_saying(text):

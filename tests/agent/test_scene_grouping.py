@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.scene_grouping import WINDOW, Colours, Span, group
@@ -66,7 +66,6 @@ def test_a_shot_without_a_picture_is_alike_to_nothing() -> None:
     assert len(group([(0.0, 1.0), (1.0, 2.0), (2.0, 3.0)], colours)) == 3
 
 
-@settings(deadline=None)
 @given(st.text("ABCDE", min_size=1, max_size=12), st.data())
 def test_scenes_are_the_shots_in_order_and_no_link_leaves_one(places: str, data: st.DataObject) -> None:
     lengths = st.lists(st.floats(0.6, 12), min_size=len(places), max_size=len(places))

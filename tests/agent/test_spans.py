@@ -6,7 +6,7 @@ from datetime import timedelta
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent.spans import Span, first_span, overlap
@@ -23,7 +23,6 @@ TIMES = st.floats(0, 1e5, allow_subnormal=False)
 SPANS = st.tuples(TIMES, TIMES).map(span_of)
 
 
-@settings(deadline=None)
 @given(SPANS, SPANS)
 def test_overlap_and_iou_are_symmetric_and_those_of_exact_arithmetic(one: Span, other: Span) -> None:
     assert overlap(one, other) == overlap(other, one) and iou(one, other) == iou(other, one)
@@ -34,13 +33,11 @@ def test_overlap_and_iou_are_symmetric_and_those_of_exact_arithmetic(one: Span, 
     assert iou(one, other) == pytest.approx(float(shared / union), rel=1e-9)
 
 
-@settings(deadline=None)
 @given(SPANS)
 def test_a_span_is_itself_and_shares_nothing_with_what_only_touches_it(span: Span) -> None:
     assert iou(span, span) == 1 and overlap(span, (span[1], span[1] + 1)) == iou(span, (span[1], span[1] + 1)) == 0
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10**9), st.integers(0, 10**6))
 def test_the_iou_of_the_shortest_spans_is_no_division_by_zero(steps: int, start: int) -> None:
     end = start + steps * 2.0**-32
@@ -48,14 +45,12 @@ def test_the_iou_of_the_shortest_spans_is_no_division_by_zero(steps: int, start:
     assert iou((start, end), (start, end)) == 1
 
 
-@settings(deadline=None)
 @given(st.text() | st.text("0123456789. to-s"), SPANS)
 def test_a_span_that_is_read_lies_within(text: str, within: Span) -> None:
     found = first_span(text, within)
     assert found is None or within[0] <= found[0] < found[1] <= within[1]
 
 
-@settings(deadline=None)
 @given(SPANS, st.sampled_from(["to", "-", "–", "and"]), st.sampled_from(["", "s", " s", " seconds"]))
 def test_a_span_that_is_written_is_read(span: Span, word: str, unit: str) -> None:
     first, last = (round(each, 3) for each in span)
@@ -83,7 +78,6 @@ def test_what_a_text_states_within_2_to_8(text: str, span: Span | None) -> None:
     assert first_span(text, (2.0, 8.0)) == span
 
 
-@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59), st.integers(1, 999), st.integers(1, 10_000))
 def test_times_are_read_as_a_players_clock_writes_them(
     hours: int, minutes: int, seconds: int, thousandths: int, more: int

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.transcript.cues import MAX_CUE_CHARACTERS, parse, plain
@@ -187,7 +187,6 @@ def test_a_few_spoilt_bytes_do_not_make_utf_8_another_encoding() -> None:
     assert decode_text(text.encode()[:-2]) == text[:-2] + "\ufffd"  # cut off in the middle of a character
 
 
-@settings(deadline=None)
 @given(
     cues=st.lists(
         st.tuples(

@@ -82,7 +82,7 @@ def test_look_shows_the_frames_that_decoding_gives_at_their_times(clip: Path) ->
     assert shown.text == "12 frames of 2.0 to 5.0."
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.floats(0, 15.8), st.floats(0.1, 20), st.floats(0.5, 30))
 def test_look_shows_at_most_64_frames_of_its_span(clip: Path, start: float, length: float, fps: float) -> None:
     shown = call(Look(workspace := about(clip)), {"start": start, "end": start + length, "fps": fps})
@@ -217,7 +217,6 @@ def test_of_matches_that_overlap_ground_keeps_the_one_that_a_closer_look_finds_l
     assert [each.span for each in found] == [(12.0, 15.0), (24.0, 40.0)]
 
 
-@settings(deadline=None)
 @given(st.floats(0, 5_000), st.floats(0.1, 5_000))
 def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(start: float, length: float) -> None:
     span = start, start + length

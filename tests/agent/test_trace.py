@@ -66,7 +66,7 @@ def test_an_entry_is_in_the_file_as_soon_as_it_is_appended(tmp_path: Path) -> No
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_trace_that_is_cut_anywhere_is_the_whole_lines_before_and_can_be_gone_on_with(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -23,7 +23,7 @@ from convert.run import convert
 from convert.source import open_source
 
 SIDE_FILES = ("tokenizer.json", "chat_template.jinja", "LICENSE")
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=12)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ mx = pytest.importorskip("mlx.core")
 KINDS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 SAFETENSORS = {kind: name for name, kind in KINDS.items()} | {mx.uint32: "U32"}
 UP, O0 = "model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.0.self_attn.o_proj"
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 def to_mx(stored: Any) -> Any:

@@ -32,7 +32,7 @@ OPTIONS = {"bits": 4, "group_size": 32, "shard_bytes": 25_000}
 OTHER = {"dtype": "fp16", "shard_bytes": 60_000}
 Serve = Callable[..., dict[str, Any]]
 Listing = dict[str, Any]
-some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # The server.

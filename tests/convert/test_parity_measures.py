@@ -14,7 +14,7 @@ from convert.parity import measures
 from convert.parity.measures import Distance, TokenDistance, token_distance
 from convert.parity.record import Recording
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
 
 

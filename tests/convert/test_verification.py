@@ -22,7 +22,7 @@ from convert.verification import Verification, verify
 from ivcore.errors import CheckpointError
 from ivcore.shards import INDEX, SINGLE
 
-some = settings(max_examples=30, deadline=None)
+some = settings(max_examples=30)
 KINDS = {
     "one shard": Options(),
     "many shards": Options(shard_bytes=60_000),

@@ -36,7 +36,7 @@ def test_the_reference_s_positions_come_out(name: str) -> None:
 MEDIA = st.tuples(st.sampled_from(["image", "video"]), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(st.integers(0, 5), MEDIA), max_size=6), st.sampled_from([1, 2, 3]), st.integers(0, 100))
 def test_mixed_text_images_and_videos_follow_the_rule(parts: list, merge: int, start: int) -> None:
     ids: list[int] = []

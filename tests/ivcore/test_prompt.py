@@ -224,7 +224,7 @@ def test_a_file_gives_the_frames_on_the_screen_at_the_times(make_clip: Callable[
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     answer=st.sampled_from(["It is blue.", '<tool_call>\n{"name": "look"}\n</tool_call>', "a<|im_end|>b"]),
     spoken=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ivcore.config import ModelConfig
@@ -17,7 +17,6 @@ ITEMSIZES = st.sampled_from([2, 4])
 GRIDS = st.lists(st.tuples(st.integers(1, 9), st.sampled_from([2, 4, 34]), st.sampled_from([2, 6, 50])), max_size=4)
 
 
-@settings(deadline=None)
 @given(GRIDS, BUDGETS, ITEMSIZES)
 def test_frame_groups_cover_every_patch_once_and_in_order(grids: list, budget: int, itemsize: int) -> None:
     groups = list(frame_groups(CONFIG, np.array(grids, np.int32).reshape(-1, 3), budget, itemsize))
@@ -30,7 +29,6 @@ def test_frame_groups_cover_every_patch_once_and_in_order(grids: list, budget: i
     assert frames == [(h, w) for t, h, w in grids for _ in range(t)]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10_000), BUDGETS, ITEMSIZES)
 def test_a_group_does_not_grow_with_the_length_of_the_video(frames: int, budget: int, itemsize: int) -> None:
     grid = np.array([[frames, 28, 16]])

@@ -31,7 +31,7 @@ def with_template(tmp_path: Path, template: str, name: str = "chat_template.jinj
     return Tokenizer.from_dir(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TEXTS)
 def test_trusted_text_has_the_library_s_ids_and_text(text: str) -> None:
     ids = LIBRARY.encode(text, add_special_tokens=False).ids
@@ -40,7 +40,7 @@ def test_trusted_text_has_the_library_s_ids_and_text(text: str) -> None:
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == LIBRARY.decode(ids, skip_special_tokens=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 512), max_size=30))
 def test_a_stream_of_any_ids_joins_to_their_text_and_never_shows_half_a_character(ids: list[int]) -> None:
     stream = TextStream(TOKENIZER)
@@ -66,7 +66,7 @@ def test_what_a_text_spells_is_never_a_token() -> None:
     assert TOKENIZER.decode(ids, False) == TOKENIZER.apply_template([{"role": "user", "content": user}])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.sampled_from(["<|im_", "end|>", "<", "|im_end|>", "<|im_end|>", " ", "\n", "<think", ">", "x"]), max_size=8

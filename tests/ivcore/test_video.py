@@ -39,7 +39,7 @@ def assert_frame_exact(clip: Clip, path: Path) -> None:
         assert seconds == pytest.approx(float((whole[number].pts - whole[0].pts) * whole[number].time_base))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     gop=st.integers(1, 20),
     bframes=st.integers(0, 4),
@@ -70,7 +70,7 @@ def test_sampled_frames_are_those_of_a_full_sequential_decode(
         assert clip.warnings == ()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     start=st.floats(0, 7.9), length=st.floats(0.01, 9), fps=st.sampled_from([0.5, 2, 5, 30]), keyframes=st.booleans()
 )
@@ -141,7 +141,7 @@ def test_other_codecs_and_containers_are_frame_exact_too(
     assert clip.warnings == ()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     total=st.integers(1, 5000),
     video_fps=st.sampled_from([1.0, 5.0, 23.976, 30000 / 1001, 60.0]),
@@ -409,7 +409,7 @@ def test_bad_files_are_one_sentence(
     assert capfd.readouterr() == ("", "")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_damage_ends_in_a_clip_or_in_a_sentence(write_clip: MakeClip, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ def clips_and_config(draw: st.DrawFn) -> tuple[list[np.ndarray], ProcessorConfig
     return clips, config
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(clips_and_config(), st.data())
 def test_any_slice_of_patches_is_the_slice_of_the_whole(case: tuple, data: st.DataObject) -> None:
     clips, config = case
@@ -133,7 +133,7 @@ def test_random_images_are_resized_as_by_hugging_face() -> None:
         )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SIDES, SIDES, st.integers(1, 900), st.integers(1, 400))
 def test_a_cap_on_tokens_holds_for_every_size(height: int, width: int, frames: int, cap: int) -> None:
     config = ProcessorConfig()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core")
@@ -42,7 +42,6 @@ def check(got: Any, expected: np.ndarray, dtype: str) -> None:
     np.testing.assert_allclose(wide(got), expected, rtol=SPACING[dtype], atol=SPACING[dtype] * np.abs(expected).max())
 
 
-@settings(deadline=None)
 @given(rows=ROWS, inner=st.integers(1, 70), columns=st.integers(1, 40), dtype=DTYPES, seed=st.integers(0, 99))
 def test_a_product_is_rounded_once(rows: int, inner: int, columns: int, dtype: str, seed: int) -> None:
     a, b = (random(seed, *shape).astype(getattr(mx, dtype)) for shape in ((2, rows, inner), (inner, columns)))
@@ -50,7 +49,6 @@ def test_a_product_is_rounded_once(rows: int, inner: int, columns: int, dtype: s
     check(products.wide_product(a, b), wide(a) @ wide(b), "float32")
 
 
-@settings(deadline=None)
 @given(rows=ROWS, columns=st.integers(1, 40), bias=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99))
 def test_a_linear_layer_is_rounded_once(rows: int, columns: int, bias: bool, dtype: str, seed: int) -> None:
     layer = products.Linear(48, columns, bias=bias)
@@ -59,7 +57,6 @@ def test_a_linear_layer_is_rounded_once(rows: int, columns: int, bias: bool, dty
     check(layer(x), wide(x) @ wide(layer.weight).T + (wide(layer.bias) if bias else 0), dtype)
 
 
-@settings(deadline=None)
 @given(
     rows=ROWS, groups=st.integers(1, 3), size=st.sampled_from([32, 64]), bits=st.sampled_from([4, 8]),
     bias=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99),
@@ -82,7 +79,6 @@ def test_a_packed_layer_is_the_matrix_that_it_stands_for(
     np.testing.assert_allclose(wide(products.unpacked(layer, mx.float32)), matrix, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(rows=ROWS, packed=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99))
 def test_an_embedding_as_a_head_is_rounded_once(rows: int, packed: bool, dtype: str, seed: int) -> None:
     layer = products.Embedding(20, 64)
@@ -93,7 +89,6 @@ def test_an_embedding_as_a_head_is_rounded_once(rows: int, packed: bool, dtype: 
     check(layer.as_linear(x), wide(x) @ matrix.T, dtype)
 
 
-@settings(deadline=None)
 @given(asking=st.integers(1, 9), before=st.integers(0, 9), dtype=DTYPES, seed=st.integers(0, 99))
 def test_attention_is_rounded_once(asking: int, before: int, dtype: str, seed: int) -> None:
     seen = asking + before

@@ -16,9 +16,7 @@ from ivcore.inputs import ModelInputs
 
 # Activations stay within some tens; float32 against float64 then differs by about 1e-5 of the largest.
 RELATIVE_TOLERANCE = 1e-4
-few = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)  # fmt: skip
+few = settings(max_examples=25, suppress_health_check=list(HealthCheck))
 Raw = dict[str, Any]
 
 

@@ -19,7 +19,7 @@ from ivcore.training import Batch, LoraSettings, NextToken
 
 RELATIVE_TOLERANCE = 1e-4
 EVERYWHERE = LoraSettings(rank=2, alpha=3, targets=("*",))
-few = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=4, suppress_health_check=list(HealthCheck))
 
 
 def sibling(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ivcore.row_groups import row_groups
@@ -56,7 +56,6 @@ def by_row(numbers: list[np.ndarray], given: Rows, scale: float) -> np.ndarray:
     return np.concatenate(parts, axis=1)[None]
 
 
-@settings(deadline=None)
 @given(rows=rows(), groups=st.sampled_from([1, 2, 4]), widths=WIDTHS, block=st.integers(1, 50), fused=st.booleans())
 def test_torch_gives_every_row_what_it_gets_alone_by_either_way(
     rows: Rows, groups: int, widths: tuple[int, int], block: int, fused: bool
@@ -69,7 +68,6 @@ def test_torch_gives_every_row_what_it_gets_alone_by_either_way(
     np.testing.assert_allclose(got, by_row(numbers, rows, 0.3), atol=2e-6, rtol=2e-5)
 
 
-@settings(deadline=None)
 @given(rows=rows(), groups=st.sampled_from([1, 2, 4]), widths=WIDTHS, budget=st.sampled_from([2_000, 1 << 20]))
 def test_mlx_gives_every_row_what_it_gets_alone(rows: Rows, groups: int, widths: tuple[int, int], budget: int) -> None:
     mx, attention = pytest.importorskip("mlx.core"), pytest.importorskip("ivmlx.attention")
@@ -80,7 +78,6 @@ def test_mlx_gives_every_row_what_it_gets_alone(rows: Rows, groups: int, widths:
     np.testing.assert_allclose(np.array(got), by_row(numbers, rows, 0.3), atol=2e-6, rtol=2e-5)
 
 
-@settings(deadline=None)
 @given(rows=rows(), groups=st.sampled_from([1, 2, 4]), block=st.integers(1, 50))
 def test_both_ways_of_torch_have_the_same_gradients(rows: Rows, groups: int, block: int) -> None:
     torch, attention = pytest.importorskip("torch"), pytest.importorskip("ivtorch.attention")

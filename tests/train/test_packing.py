@@ -132,7 +132,7 @@ def test_a_batch_or_a_mix_that_does_not_fit_is_one_sentence(tmp_path: Path) -> N
         RowStream(rows, 1, seed=0, shares={"short_clip": 1.0})
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(3, BUDGET), min_size=1, max_size=25),
     st.sampled_from([1, 2, 6]),

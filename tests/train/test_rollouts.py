@@ -74,7 +74,7 @@ ACTIONS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(actions=ACTIONS)
 def test_every_fork_gives_the_logits_of_one_cache_that_was_never_forked(model: Any, actions: list[Any]) -> None:
     """And of reading all of its tokens from scratch. Buffers grow by little, so that forks outgrow what they share."""
@@ -167,7 +167,7 @@ def test_a_rollout_is_what_generate_gives_with_its_seed(model: Any, stops: froze
     assert len(set(answers)) > 1
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=7), stops=st.sets(st.integers(0, 12)),
     most=st.integers(0, 12), rows=st.integers(1, 7), room=st.integers(0, 20),

@@ -50,7 +50,7 @@ def hugging_face() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(MICRO / "tokenizer.json"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(TEXT, min_size=2, max_size=6), st.booleans())
 def test_the_trained_tokens_are_hugging_face_s_assistant_mask(
     hugging_face: PreTrainedTokenizerFast, texts: list[str], system: bool

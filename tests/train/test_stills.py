@@ -23,7 +23,7 @@ from train.toyworld.words import COLOURS, FACTS, SHAPES
 any_seed = st.integers(0, 100_000)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=any_seed, time=st.floats(0, SHORT_SECONDS - 0.01))
 def test_a_still_shows_every_figure_at_any_time_in_a_quarter_of_its_own(seed: int, time: float) -> None:
     script = still(seed)
@@ -40,7 +40,7 @@ def test_a_still_shows_every_figure_at_any_time_in_a_quarter_of_its_own(seed: in
     assert sorted(found.values()) == sorted(each.name.colour for each in script.figures)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=any_seed)
 def test_a_still_s_description_pairs_every_shape_with_its_colour_in_the_order_asked_for(seed: int) -> None:
     script = still(seed)
@@ -51,7 +51,7 @@ def test_a_still_s_description_pairs_every_shape_with_its_colour_in_the_order_as
     assert sorted(pair if by_shape else pair[::-1] for pair in pairs) == names(script)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=any_seed)
 def test_a_talk_about_a_still_asks_for_every_figure_once(seed: int) -> None:
     script, found = still(seed), []
@@ -65,7 +65,7 @@ def names(script: Script) -> list[tuple[str, str]]:
     return sorted((each.name.shape, each.name.colour) for each in script.figures)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=any_seed)
 def test_pairs_are_repeated_and_asked_about_each_once_and_no_key_or_value_is_there_twice(seed: int) -> None:
     rows = pairs.repetition(seed), pairs.talk(seed)
@@ -78,7 +78,7 @@ def test_pairs_are_repeated_and_asked_about_each_once_and_no_key_or_value_is_the
     assert any(set(values) <= set(fact.values) for fact in FACTS.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=any_seed)
 def test_every_figure_s_way_is_told_and_asked_for_once_and_the_clip_shows_it(seed: int) -> None:
     script = still(seed)
@@ -93,7 +93,7 @@ def test_every_figure_s_way_is_told_and_asked_for_once_and_the_clip_shows_it(see
         assert max(along, key=along.__getitem__) == each.direction and along[each.direction] > 5
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=any_seed)
 def test_words_and_times_are_said_again_in_their_own_order(seed: int) -> None:
     row = echoes.echo(seed)

@@ -21,7 +21,7 @@ from train.toyworld.texts import MOST_LINES, conversation, write_texts
 from train.toyworld.words import COLOURS, DIRECTIONS, FACTS, SHAPES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 100_000), kind=st.sampled_from([each for each in KINDS if each != "absent"]))
 def test_later_answers_of_a_talk_are_about_the_only_figure_that_the_question_names(seed: int, kind: str) -> None:
     script = make_script(seed, kind, LONG_SECONDS)
@@ -59,7 +59,7 @@ def test_a_talk_is_about_the_clip_that_the_data_set_has(tmp_path: Path) -> None:
         assert media == [media[0]] * 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 100_000), kind=st.sampled_from(KINDS), duration=st.sampled_from([SHORT_SECONDS, LONG_SECONDS])
 )
@@ -98,7 +98,7 @@ def whole(span: tuple[float, float]) -> bool:
     return round(10 * (span[1] - span[0])) >= 18
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 100_000))
 def test_what_a_transcript_is_asked_stands_in_exactly_one_of_its_lines(seed: int) -> None:
     row = conversation(seed)

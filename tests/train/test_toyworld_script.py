@@ -16,7 +16,7 @@ from train.toyworld.script import SIZE, Script, seeds, split_of
 DURATIONS = (4.0, 16.0, 23.7, 90.0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(0, 500), st.integers(0, 10**6), st.integers(0, 500))
 def test_train_and_held_out_seeds_never_meet(first: int, count: int, other_first: int, other_count: int) -> None:
     train, heldout = seeds("train", first, count), seeds("heldout", other_first, other_count)

@@ -59,13 +59,13 @@ def test_the_tokens_that_the_model_needs_are_there(folder: Path, tokenizer: Toke
     assert tokenizer.stop_ids == {tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<|endoftext|>")}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.text(max_size=40))
 def test_any_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.decimals(0, 99999, places=2, allow_nan=False))
 def test_every_digit_is_a_token_of_its_own(tokenizer: Tokenizer, number: object) -> None:
     text = f"From {number} to {number}: <{number} seconds>"

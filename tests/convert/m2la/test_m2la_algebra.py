@@ -18,7 +18,7 @@ from convert.verification import verify
 from ivcore.inputs import ModelInputs
 
 TOLERANCE = 1e-4
-few = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=6, suppress_health_check=list(HealthCheck))
 Logits = dict[str, np.ndarray]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.m2la.attend import OutputError, Sample
@@ -28,10 +28,8 @@ from ivcore.backend import load
 from ivcore.inputs import ModelInputs
 
 TOKENS = 40
-unhurried = settings(deadline=None)
 
 
-@unhurried
 @given(heads=st.integers(1, 5), half=st.integers(1, 3), group=st.integers(1, 3), seed=st.integers(0, 999))
 def test_the_first_rotated_heads_are_the_best_approximation_of_their_number(
     heads: int, half: int, group: int, seed: int
@@ -56,7 +54,6 @@ def test_the_first_rotated_heads_are_the_best_approximation_of_their_number(
             assert error == pytest.approx((singular[kept:] ** 2).sum(), abs=1e-8 * (singular**2).sum())
 
 
-@unhurried
 @given(heads=st.integers(2, 4), seed=st.integers(0, 999), kept=st.integers(1, 2))
 def test_heads_mixed_by_any_orthogonal_matrix_a_frequency_keep_the_same_part_of_the_scores(
     heads: int, seed: int, kept: int
@@ -74,7 +71,6 @@ def test_heads_mixed_by_any_orthogonal_matrix_a_frequency_keep_the_same_part_of_
     assert np.allclose(mix @ parts[0] @ mix.transpose(0, 2, 1), parts[1], atol=1e-6)
 
 
-@unhurried
 @given(
     heads=st.integers(1, 3), half=st.integers(1, 2), group=st.integers(1, 2), rope_heads=st.integers(1, 3),
     balance=st.floats(0.05, 20), seed=st.integers(0, 999),
@@ -119,7 +115,6 @@ def test_the_latent_loses_what_the_best_matrix_of_its_rank_loses(
         assert error == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-4 * (singular**2).sum())
 
 
-@unhurried
 @given(heads=st.integers(1, 3), half=st.integers(1, 4), group=st.integers(1, 2), seed=st.integers(0, 999))
 def test_where_all_keys_are_equally_far_a_constant_turn_stands_in_for_rope_without_loss(
     heads: int, half: int, group: int, seed: int
@@ -142,7 +137,6 @@ def test_where_all_keys_are_equally_far_a_constant_turn_stands_in_for_rope_witho
     assert np.allclose(fit_turns([still], moments, rotation, heads), 1)
 
 
-@unhurried
 @given(st.integers(0, 9999), st.integers(1, 4))
 def test_the_budget_is_spent_as_trying_everything_would(seed: int, layers: int) -> None:
     random = np.random.default_rng(seed)
