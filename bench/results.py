@@ -41,7 +41,7 @@ from train.clips import ClipCache
 from train.evaluate import JUDGE
 from train.rows import read_rows
 from train.samples import Framing, SampleBuilder
-from train.tiny.pipeline import CHAIN, LAYOUTS, RATIOS, SEEDS, TINY
+from train.tiny.pipeline import CHAIN, LAYOUTS, RATIOS, SEEDS, TINY, result_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION = 64
@@ -159,8 +159,7 @@ def entries(base: Path, tiny: Path) -> list[Entry]:
             Entry(f"{variant}, cpt", tuple(tiny / f"{variant}-cpt-{seed}/model" for seed in SEEDS))
             for variant in variants
         ),
-        *(Entry(stage, tuple(tiny / f"{stage}-{seed}/model" for seed in SEEDS)) for stage in CHAIN[:-1]),
-        Entry(CHAIN[-1], tuple(tiny / f"final-{seed}" for seed in SEEDS)),
+        *(Entry(stage, tuple(result_of(tiny, stage, seed) for seed in SEEDS)) for stage in CHAIN),
         Entry("iv3-tiny, 8 bits", (tiny / TINY,)),
     ]
 

@@ -37,12 +37,14 @@ def test_every_step_reads_what_an_earlier_one_made() -> None:
         if training:
             assert Path(option(step.arguments, "--data")) in rows
             recipe = option(step.arguments, "--recipe")
-            assert read_recipe(recipe, [], stage=step.arguments[1]).stage == step.arguments[1]  # type: ignore[arg-type]
+            read = read_recipe(recipe, [], stage=step.arguments[1])  # type: ignore[arg-type]
+            assert read.stage == step.arguments[1] and read.full == (recipe.removeprefix("tiny/") not in pipeline.LORAS)
         made.add(step.made)
         names.append(step.name)
     assert len(set(names)) == len(names)
     seeds, variants = len(pipeline.SEEDS), len(pipeline.LAYOUTS) * len(pipeline.RATIOS)
-    assert len(names) == variants + seeds * (variants + len(pipeline.CHAIN) + 1) + len(pipeline.ACTING) + 1
+    a_seed = variants + len(pipeline.CHAIN) + len(pipeline.LORAS)
+    assert len(names) == variants + seeds * a_seed + len(pipeline.ACTING) + 1
 
 
 def test_no_recipe_of_continued_pretraining_reads_more_than_a_tenth_of_the_bases_tokens() -> None:
@@ -135,8 +137,8 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     assert sum(file.stat().st_size for file in tiny.iterdir()) <= 8_000_000
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
-        "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0", "final-0",
-        "iv3-tiny", "sft-act-0", "rl-act-0",
+        "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0",
+        "distill-0-merged", "iv3-tiny", "sft-act-0", "rl-act-0",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
     assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-2]

@@ -9,7 +9,7 @@ seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, a
 OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
-OUT/final-<seed>/             the last run's adapter, merged
+OUT/distill-<seed>-merged/    the adapter of a stage that trains one, in its model's weights
 OUT/iv3-tiny/                 the first seed's, in 8 bits beside float16
 OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
@@ -49,6 +49,9 @@ SEEDS = (0, 1, 2)
 LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
+
+LORAS, MERGED = ("distill",), "-merged"
+"""Those that train a LoRA, and what the model's name ends in that it is merged into."""
 
 ACTING = ("sft-act", "rl-act")
 """Those behind the chain, which only the first seed's model goes through; what ships has not."""
@@ -154,8 +157,8 @@ def provenance(log: Path) -> dict[str, Any]:
     """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order."""
     seed = SEEDS[0]
     first = f"{LAYOUTS[0]}-{RATIOS[0]}"
-    chain = (f"{first}-cpt", *CHAIN, "final")
-    names = [first, *(f"{name}-{seed}" for name in chain), TINY]
+    chain = [f"{stage}-{seed}{end}" for stage in CHAIN for end in ("", MERGED) if not end or stage in LORAS]
+    names = [first, f"{first}-cpt-{seed}", *chain, TINY]
     lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
     return {"toy world": WORLD_VERSION, "base": "make tiny-base", "steps": [lines[name] for name in names]}
 
@@ -234,19 +237,24 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
             yield _training("cpt", f"{variant}-cpt-{seed}", out / variant, rows, out, seed, overrides)
         before = out / f"{variants[0]}-cpt-{seed}/model"
         for stage in CHAIN:
-            name = f"{stage}-{seed}"
+            name, after = f"{stage}-{seed}", result_of(out, stage, seed)
             yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, overrides)
-            before = out / name / "model" if stage != CHAIN[-1] else before
-        final = out / f"final-{seed}"
-        adapter = out / f"{CHAIN[-1]}-{seed}/adapter"
-        yield Step(final.name, ("convert", str(before), str(final), "--adapter", str(adapter)), final)
-    before, tiny = out / f"final-{SEEDS[0]}", out / TINY
+            if stage in LORAS:
+                adapter = out / name / "adapter"
+                yield Step(after.name, ("convert", str(before), str(after), "--adapter", str(adapter)), after)
+            before = after
+    before, tiny = result_of(out, CHAIN[-1], SEEDS[0]), out / TINY
     quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
     yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
     for stage in ACTING:
         name = f"{stage}-{SEEDS[0]}"
         yield _training(stage, name, before, out / f"data/{stage}.json", out, SEEDS[0], overrides)
         before = out / name / "model"
+
+
+def result_of(out: Path, stage: str, seed: int) -> Path:
+    """The checkpoint that a stage of the chain comes to."""
+    return out / (f"{stage}-{seed}{MERGED}" if stage in LORAS else f"{stage}-{seed}/model")
 
 
 def _training(stage: str, name: str, model: Path, rows: Path, out: Path, seed: int, overrides: list[str]) -> Step:
