@@ -71,16 +71,18 @@ class Workspace:
         """A context that has seen nothing; what it costs is counted in `spent`."""
         return Session(self.model, self.tokenizer, spent=self.spent, frame_tokens=self.frame_tokens)
 
-    def asked(self, clip: Clip | None, question: str, *, quoted: Sequence[str] = ()) -> Session:
-        """A fresh context that has read frames, lines and a question."""
+    def asked(self, clip: Clip | None, question: str, *, quoted: Sequence[str] = (), origin: float = 0.0) -> Session:
+        """A fresh context that has read frames, lines and a question; origin: the second that is shown as 0."""
         session = self.fresh()
-        session.read([{"role": "user", "content": question_parts(clip, question, quoted)}])
+        session.read([{"role": "user", "content": question_parts(clip, question, quoted, origin)}])
         return session
 
 
-def question_parts(clip: Clip | None, question: str, quoted: Sequence[str] = ()) -> list[dict[str, Any]]:
+def question_parts(
+    clip: Clip | None, question: str, quoted: Sequence[str] = (), origin: float = 0.0
+) -> list[dict[str, Any]]:
     """Frames, subtitles and a question as the content of a message."""
-    parts = [] if clip is None else [video_part(clip.frames, clip.timestamps)]
+    parts = [] if clip is None else [{**video_part(clip.frames, clip.timestamps), "origin": origin}]
     text = f"Subtitles:\n{chr(10).join(quoted)}\n\n{question}" if quoted else question
     return [*parts, {"type": "text", "text": text}]
 

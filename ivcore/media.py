@@ -136,7 +136,7 @@ class MediaLoader:
             height, width = size(len(indices), survey.height, survey.width)
             frames = np.stack([resize(item.source[index], height, width) for index in indices])
             if item.times is not None:
-                return LoadedMedia(frames, Media("video", item.name, item.times))
+                return LoadedMedia(frames, Media("video", item.name, _from_origin(item.times, item)))
             times = tuple(float(index / survey.fps) for index in indices)
             unsaid = f"{item.name} does not say its fps; taken as {survey.fps:g} frames per second."
             return LoadedMedia(frames, Media("video", item.name, times, () if item.fps else (unsaid,)))
@@ -144,7 +144,8 @@ class MediaLoader:
             clip = self._videos.decode_at(
                 _file(item), item.times, size=lambda n, _height, _width: size(n, survey.height, survey.width)
             )
-            return LoadedMedia(clip.frames, Media("video", item.name, clip.timestamps, clip.warnings))
+            times = _from_origin(clip.timestamps, item)
+            return LoadedMedia(clip.frames, Media("video", item.name, times, clip.warnings))
         clip = self._videos.decode(
             _file(item),
             fps=self._config.fps,
@@ -169,6 +170,11 @@ class MediaLoader:
         if info.rotation % 180:
             height, width = width, height
         return _Survey(info.frames, info.fps, height, width)
+
+
+def _from_origin(times: Sequence[float], item: MediaItem) -> tuple[float, ...]:
+    """The times to show; a frame that came on just before the origin is at 0."""
+    return tuple(max(time - item.origin, 0.0) for time in times)
 
 
 def _file(item: MediaItem) -> Path:

@@ -26,7 +26,8 @@ class MediaItem:
 
     source: a file, the bytes of an image file, a PIL image, or uint8 pixels (H, W, 3) or (N, H, W, 3).
     fps: frames per second of the clip that an array of frames is; None where it was not said. times: seconds of the
-        frames to take, without sampling: of a file those on the screen then, of an array all of its frames.
+        frames to take, without sampling: of a file those on the screen then, of an array all of its frames. origin: the
+        second that is shown to the model as 0, so that a part of a video is a clip of its own.
     where: its place in the messages, for errors.
     """
 
@@ -35,6 +36,7 @@ class MediaItem:
     where: str
     fps: float | None = None
     times: tuple[float, ...] | None = None
+    origin: float = 0.0
 
     @property
     def name(self) -> str:
@@ -137,7 +139,14 @@ def _media(part: Mapping[str, Any], where: str) -> MediaItem:
             raise PromptError(f"{where}.fps is {_shown(fps)}; it must be a number above 0.")
     if times is not None:
         times = _checked_times(times, source, f"{where}.times")
-    return MediaItem(medium, source, where, fps, times)
+    origin = part.get("origin", 0.0)
+    if not _is_seconds(origin) or (origin and times is None):
+        raise PromptError(f"{where}.origin is {_shown(origin)}; it must be a number of seconds, beside times.")
+    return MediaItem(medium, source, where, fps, times, float(origin))
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _checked_times(times: Any, source: Any, where: str) -> tuple[float, ...]:

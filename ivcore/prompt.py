@@ -47,7 +47,8 @@ def build_inputs(
 
     messages: in the Hugging Face form, {"type": "video", "video": path or frames}, with "fps" beside an array of frames
         for the rate they were taken at, or with "times" for the seconds of the frames to take, which are all of an
-        array; or in the OpenAI form, {"type": "image_url", "image_url": {"url": ...}}.
+        array, and "origin" for the second that is shown as 0; or in the OpenAI form, {"type": "image_url", "image_url":
+        {"url": ...}}.
     fps, min_frames, max_frames: how videos are sampled; None is what the checkpoint says.
     frame_tokens: the most tokens that a temporal patch of video, or an image, may cost.
     mode, on_progress: see `ivcore.video.decode`.

@@ -207,7 +207,7 @@ def _resolve_part(part: Any, folder: Path) -> Any:
     if isinstance(value, Mapping):
         value = value.get("url")
     medium = kind.removesuffix("_url")
-    times = {"times": part["times"]} if "times" in part else {}
+    times = {key: part[key] for key in ("times", "origin") if key in part}
     if not isinstance(value, str) or value[:5].lower() in ("http:", "https", "data:"):
         return {"type": medium, medium: value, **times}
     if value[:5].lower() == "file:":

@@ -14,7 +14,7 @@ import numpy as np
 
 from agent import prompts
 from agent.oracle.wording import absent, asked_of, description, false_statement, false_told, statement, told
-from agent.spans import Span
+from agent.spans import Span, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts
@@ -25,6 +25,12 @@ from train.toyworld.script import Figure, Script
 WINDOWS_WITHOUT = 2
 """Windows of a film in which what is looked for is not there, for one in which it is."""
 
+PARTS_WITHOUT = 0.3
+"""Share of the parts of a window with the key in which it is not, that are asked about."""
+
+SEEN = 0.5
+"""Seconds of the key that a window has to have; with fewer nothing is asked."""
+
 FILMS = "films"
 """The folder of films, beside the rows."""
 
@@ -32,26 +38,26 @@ Row = dict[str, Any]
 
 
 def windows_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
-    """Rows of `ground`: windows with the key, coarse and fine, and without it."""
+    """Rows of `ground`: windows with the key, coarse ones and parts of them, and without it."""
     if question.read:
         return
     key, gone = script.keys[0], absent(question)
     what = description("direction" if gone else asked_of(script, question), key.name)
-    every = ground.windows((0.0, script.duration))
-    inside = [] if gone else [each for each in every if each[0] < key.span[1] and key.span[0] < each[1]]
-    outside = [each for each in every if each not in inside]
-    for window in inside:
-        yield _window(what, window, ground.COARSE_FPS, workspace, key)
-    if not gone:
-        near = key.span[0] - float(rng.uniform(0, 4)), key.span[1] + float(rng.uniform(0, 4))
-        yield _window(what, _within(near, script), ground.FINE_FPS, workspace, key)
-    for index in rng.permutation(len(outside))[:WINDOWS_WITHOUT]:
-        yield _window(what, outside[index], ground.COARSE_FPS, workspace, None)
-    figure = script.figures[int(rng.integers(len(script.figures)))]
-    if figure.name != key.name:
-        near = figure.span[0] - float(rng.uniform(0, 3)), figure.span[1] + float(rng.uniform(0, 3))
-        if not (near[0] < key.span[1] and key.span[0] < near[1]):
-            yield _window(what, _within(near, script), ground.FINE_FPS, workspace, None)
+    coarse = ground.windows((0.0, script.duration))
+    for window in (each for each in coarse if not gone and overlap(each, key.span) >= SEEN):
+        yield _window(what, window, ground.FPS, workspace, key)
+        for part in _parts(window):
+            if overlap(part, key.span) >= SEEN or (rng.random() < PARTS_WITHOUT and not overlap(part, key.span)):
+                yield _window(what, part, ground.FINE_FPS, workspace, key)
+    outside = [each for each in coarse if gone or not overlap(each, key.span)]
+    for index in rng.permutation(len(outside))[:WINDOWS_WITHOUT].tolist():
+        yield _window(what, outside[index], ground.FPS, workspace, None)
+        parts = _parts(outside[index])
+        yield _window(what, parts[int(rng.integers(len(parts)))], ground.FINE_FPS, workspace, None)
+
+
+def _parts(window: Span) -> list[Span]:
+    return ground.windows(window, ground.FINE_WINDOW, ground.FINE_OVERLAP)
 
 
 def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
@@ -88,9 +94,9 @@ def question_of(script: Script, question: Question, workspace: Workspace) -> Row
 def _window(what: str, window: Span, fps: float, workspace: Workspace, key: Figure | None) -> Row:
     clip = workspace.look(window, fps=fps, most=int(ground.WINDOW * ground.FINE_FPS))
     answer = prompts.NOT_THERE
-    if key is not None:
-        answer = span_text((max(key.span[0], window[0]), min(key.span[1], window[1])))
-    return _row("window", workspace, clip.timestamps, prompts.when(what), (), answer)
+    if key is not None and overlap(key.span, window):
+        answer = span_text((max(key.span[0] - window[0], 0.0), min(key.span[1], window[1]) - window[0]))
+    return _row("window", workspace, clip.timestamps, prompts.when(what), (), answer, window[0])
 
 
 def _claim(claim: str, span: Span, verdict: str, workspace: Workspace) -> Row:
@@ -100,16 +106,14 @@ def _claim(claim: str, span: Span, verdict: str, workspace: Workspace) -> Row:
 
 
 def _row(
-    kind: str, workspace: Workspace, times: Sequence[float], question: str, quoted: Sequence[str], answer: str
-) -> Row:
-    content = [{**_video(workspace), "times": list(times)}, *question_parts(None, question, quoted)]
+    kind: str, workspace: Workspace, times: Sequence[float], question: str, quoted: Sequence[str], answer: str,
+    origin: float = 0.0,
+) -> Row:  # fmt: skip
+    video = {**_video(workspace), "times": list(times), "origin": origin}
+    content = [video, *question_parts(None, question, quoted)]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "kind": kind}
 
 
 def _video(workspace: Workspace) -> dict[str, Any]:
     return {"type": "video", "video": f"{FILMS}/{workspace.video.name}"}
-
-
-def _within(span: Span, script: Script) -> Span:
-    return max(round(span[0], 1), 0.0), min(round(span[1], 1), script.duration)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,6 @@ from agent.workspace import Workspace
 from train.toyworld.questions import Question
 from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Script
-
-MARGIN = 0.3
-"""Seconds before and after a match that are looked at, too: no more, or less than half of a short key's evidence would
-show it."""
 
 SLIP = 0.2
 """Seconds by which an edge of a match is off, at most."""
@@ -77,8 +73,7 @@ class Oracle:
         for number, (span, _) in enumerate(matches):
             seen = self._look(span, first=number == 0)
             if self._shows(span, key):
-                self._note(statement(asked, key), span)
-                self._answer_seen(asked, key, seen)
+                self._answer_seen(asked, replace(key, span=span), seen)
                 return
         self._answer_nothing()
 
@@ -100,13 +95,12 @@ class Oracle:
         return f"Nothing from 0.0 to {self.script.duration:.1f} matches. The likeliest place is {_match(span, chance)}."
 
     def _near(self, span: Span) -> Span:
-        start, end = (edge + float(self.rng.uniform(-SLIP, SLIP)) for edge in span)
-        return max(start, 0.0), min(max(end, start + 0.5), self.script.duration)
+        start, end = (round(edge + float(self.rng.uniform(-SLIP, SLIP)), 1) for edge in span)
+        return max(start, 0.0), min(max(end, round(start + 0.5, 1)), self.script.duration)
 
     def _look(self, span: Span, *, first: bool) -> str:
         thought = f"It may be there from {span_text(span)}." if first else "That is not it. The next one."
-        near = max(round(span[0] - MARGIN, 1), 0.0), min(round(span[1] + MARGIN, 1), self.script.duration)
-        given = {"start": near[0], "end": near[1]}
+        given = {"start": span[0], "end": span[1]}  # as `ground` says it: to copy is easier than to reckon
         self._act(thought, "look", given, lambda arguments: call(Look(self.workspace), arguments))
         return self._last_seen()
 
@@ -115,16 +109,16 @@ class Oracle:
 
     def _note(self, claim: str, span: Span) -> None:
         if self.has_library and self.rng.random() < NOTES:
-            start, end = (round(edge, 1) for edge in span)
-            self._act("", "note", {"text": claim, "start": start, "end": end}, lambda given: Shown(NOTED))
+            self._act("", "note", {"text": claim, "start": span[0], "end": span[1]}, lambda given: Shown(NOTED))
 
-    def _answer_seen(self, asked: str, key: Figure, seen: str) -> None:
-        claim = statement(asked, key)
+    def _answer_seen(self, asked: str, found: Figure, seen: str) -> None:
+        """found: the key, its span as it was found."""
+        claim, (start, end) = statement(asked, found), found.span
+        self._note(claim, found.span)
         if self.rng.random() < CHECKS:
-            start, end = round(key.span[0], 1), round(key.span[1], 1)
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
             self._act(claim, "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
-        self._answer(claim, seen)
+        self._answer(span_text(found.span) if asked == "when" else self.question.answer, claim, seen)
 
     def _read(self) -> None:
         self._act("What is said?", "transcript", {}, lambda given: call(Transcript(self.workspace), given))
@@ -136,11 +130,11 @@ class Oracle:
         self._act(told(line), "transcript", {"start": start, "end": end},
                   lambda given: call(Transcript(self.workspace), given))  # fmt: skip
         self._note(told(line), line.span)
-        self._answer(told(line), self._last_seen())
+        self._answer(self.question.answer, told(line), self._last_seen())
 
-    def _answer(self, claim: str, seen: str) -> None:
+    def _answer(self, text: str, claim: str, seen: str) -> None:
         stated = [{"text": claim, "evidence": [seen]}]
-        self._say("", Answering.name, {"text": self.question.answer, "claims": stated})
+        self._say("", Answering.name, {"text": text, "claims": stated})
 
     def _answer_nothing(self) -> None:
         thought = "That is not it." if any(True for _ in self.context.of(Observation)) else ""

@@ -1,11 +1,14 @@
 """The span that a description matches, found by asking the model window by window, coarse first and then fine.
 
-The windows overlap by more than a short event lasts, so that one of them has all of it; what is compared between
-windows is the probability that the model gives to the event being there at all, not the words of its answer.
+- Windows overlap by more than a short event lasts, so that one of them has all of it. What is compared between windows
+  is the probability that the model gives to the event being there at all, not the words of its answer.
+- A window is shown as a clip of its own that begins at 0: where in a short clip something is, small models tell as well
+  late in a film as at its beginning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,11 +20,13 @@ from agent.spans import Span, first_span, overlap
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
 
-WINDOW, OVERLAP = 16.0, 4.0
-COARSE_FPS, FINE_FPS = 1.0, 4.0
+WINDOW, OVERLAP, FPS = 16.0, 4.0, 1.0
 CANDIDATES = 3
-MARGIN = 3.0
-"""Seconds before and after a candidate that the fine look has in view."""
+FINE_WINDOW, FINE_OVERLAP, FINE_FPS = 6.0, 3.0, 4.0
+"""Of the windows into which a candidate is cut."""
+
+EDGE = 0.3
+"""Seconds from its window's edge from which on a match may go on behind it: a frame and a tenth."""
 
 PRESENT = 0.5
 ANSWER_TOKENS = 16
@@ -29,10 +34,16 @@ ANSWER_TOKENS = 16
 
 @dataclass(frozen=True)
 class Found:
-    """A span, and how sure the model is that the event is there."""
+    """A span, how sure the model is that the event is there, and the window that it was asked about."""
 
     span: Span
     probability: float
+    window: Span
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no edge of the window cuts it."""
+        return self.span[0] - self.window[0] > EDGE and self.window[1] - self.span[1] > EDGE
 
 
 class Ground:
@@ -52,25 +63,21 @@ class Ground:
     def __call__(self, arguments: Ground.Arguments) -> Shown:
         span = checked_span(arguments.start, arguments.end, self._workspace.duration)
         found = self.find(arguments.description, span)
-        sure = [each for each in found if each.probability >= PRESENT]
-        if not sure:
-            best = f" The likeliest place is {_said(found[0])}." if found else ""
-            return Shown(f"Nothing from {span[0]:.1f} to {span[1]:.1f} matches.{best}")
-        return Shown("Matches: " + ", ".join(map(_said, sure)) + ".")
+        if found[0].probability < PRESENT:
+            return Shown(
+                f"Nothing from {span[0]:.1f} to {span[1]:.1f} matches. The likeliest place is {_said(found[0])}."
+            )
+        return Shown("Matches: " + ", ".join(map(_said, found)) + ".")
 
     def find(self, description: str, span: Span) -> list[Found]:
-        """The likeliest matches in a span, best first; of those that overlap, the better one."""
-        coarse = [self._ask(description, window, COARSE_FPS) for window in windows(span)]
+        """The matches in a span, best first; where there is none, the likeliest place."""
+        coarse = [self._ask(description, window, FPS) for window in windows(span)]
         coarse.sort(key=lambda each: -each.probability)
-        fine: list[Found] = []
-        for each in coarse[:CANDIDATES]:
-            near = max(each.span[0] - MARGIN, span[0]), min(each.span[1] + MARGIN, span[1])
-            fine.append(self._ask(description, near, FINE_FPS) if each.probability >= PRESENT else each)
-        best: list[Found] = []
-        for each in sorted(fine, key=lambda each: -each.probability):
-            if not any(overlap(each.span, other.span) for other in best):
-                best.append(each)
-        return best
+        candidates = [each.window for each in coarse[:CANDIDATES] if each.probability >= PRESENT]
+        parts = [part for window in candidates for part in windows(window, FINE_WINDOW, FINE_OVERLAP)]
+        fine = [self._ask(description, part, FINE_FPS) for part in dict.fromkeys(parts)]
+        likeliest = max(fine or coarse, key=lambda each: each.probability)
+        return together([each for each in fine if each.probability >= PRESENT]) or [likeliest]
 
     def _ask(self, description: str, window: Span, fps: float) -> Found:
         known = (self.name, description, window, fps)
@@ -81,19 +88,44 @@ class Ground:
 
     def _look(self, description: str, window: Span, fps: float) -> Found:
         clip = self._workspace.look(window, fps=fps, most=int(WINDOW * FINE_FPS))
-        session = self._workspace.asked(clip, prompts.when(description))
+        session = self._workspace.asked(clip, prompts.when(description), origin=window[0])
         (absent,) = session.log_likelihoods([prompts.NOT_THERE])
-        answer = "".join(session.answer(ANSWER_TOKENS))
-        span = first_span(answer, window) or window
-        return Found(span, float(1.0 - np.exp(absent)))
+        probability = float(1.0 - np.exp(absent))
+        if fps == FPS or probability < PRESENT:
+            return Found(window, probability, window)
+        said = first_span("".join(session.answer(ANSWER_TOKENS)), (0.0, window[1] - window[0]))
+        return Found((window[0] + said[0], window[0] + said[1]) if said else window, probability, window)
 
 
-def windows(span: Span) -> list[Span]:
-    """Windows of at most WINDOW seconds that cover a span, each OVERLAP into the last one."""
+def together(found: Sequence[Found]) -> list[Found]:
+    """What windows that overlap have found, each match once, best first.
+
+    Of whole ones that overlap the likelier stays; those that an edge cuts are parts of one that goes on in the next.
+    """
+    whole: list[Found] = []
+    for each in sorted((each for each in found if each.is_whole), key=lambda each: -each.probability):
+        if not any(overlap(each.span, other.span) for other in whole):
+            whole.append(each)
+    parts: list[Found] = []
+    for each in sorted((each for each in found if not each.is_whole), key=lambda each: each.span):
+        if any(overlap(each.span, other.span) for other in whole):
+            continue
+        if parts and each.span[0] <= parts[-1].span[1]:
+            last = parts.pop()
+            ends = [
+                (one[0], max(one[1], other[1])) for one, other in ((last.span, each.span), (last.window, each.window))
+            ]
+            each = Found(ends[0], max(last.probability, each.probability), ends[1])
+        parts.append(each)
+    return sorted([*whole, *parts], key=lambda each: -each.probability)
+
+
+def windows(span: Span, most: float = WINDOW, shared: float = OVERLAP) -> list[Span]:
+    """Windows of at most so many seconds that cover a span, each so many seconds into the last one."""
     start, end = span
-    count = max(1, int(np.ceil((end - start - OVERLAP) / (WINDOW - OVERLAP))))
-    length = (end - start + (count - 1) * OVERLAP) / count
-    return [(start + i * (length - OVERLAP), min(start + i * (length - OVERLAP) + length, end)) for i in range(count)]
+    count = max(1, int(np.ceil((end - start - shared) / (most - shared))))
+    length = (end - start + (count - 1) * shared) / count
+    return [(start + i * (length - shared), min(start + i * (length - shared) + length, end)) for i in range(count)]
 
 
 def _said(found: Found) -> str:

@@ -20,6 +20,7 @@ from agent.oracle.environment import PRICE, parts, worth
 from agent.oracle.rows import claims_of, question_of, windows_of
 from agent.oracle.runs import Oracle
 from agent.oracle.wording import absent, moved
+from agent.spans import overlap
 from agent.tools.box import NAMES, tools
 from agent.tools.ground import Ground
 from agent.tools.tool import checked, schema
@@ -35,8 +36,8 @@ from train.toyworld.score import is_right, parse_span
 from train.toyworld.script import Script, random_of, seeds
 from train.toyworld.words import DIRECTIONS
 
-LONG_ENOUGH = 1.2
-"""Seconds of a key that is there longer than the margins and slips around what is looked at."""
+LONG_ENOUGH = 0.9
+"""Seconds of a key of which more than half is seen whatever the slips."""
 
 
 class Made:
@@ -113,7 +114,8 @@ def test_a_run_ends_in_the_right_answer_with_evidence_and_is_worth_the_whole_rew
         for oracle, messages in runs_of(made):
             entries = ended(made, oracle, messages)
             result = entries[-1]
-            assert isinstance(result, Result) and is_right(result.answer, made.question.answer)
+            assert isinstance(result, Result)
+            assert made.kind == "when" or is_right(result.answer, made.question.answer)
             span = made.question.span
             if span is not None and span[1] - span[0] < LONG_ENOUGH:
                 continue
@@ -146,22 +148,45 @@ def test_a_question_without_an_answer_ends_as_not_found_and_cites_nothing(films:
             assert isinstance(result, Result) and (result.status, result.evidence) == ("not found", ())
 
 
-def test_windows_say_when_the_key_is_there_and_only_then(films: list[Made]) -> None:
+def test_a_look_and_a_claim_have_the_seconds_that_ground_has_said(films: list[Made]) -> None:
+    (made,) = (made for made in films if made.kind == "when")
+    for _, messages in runs_of(made):
+        said = [
+            part["text"] for each in messages if each["role"] == "tool" for part in in_parts(each) if "text" in part
+        ]
+        (matches,) = [text for text in said if "Matches: " in text]
+        calls = [call for each in messages if each["role"] == "assistant" for call in parse(each["content"])[1]]
+        for given in (call.arguments for call in calls if call.name == "look"):
+            assert f"{given['start']:.1f} to {given['end']:.1f} (" in matches
+        assert f"{calls[-1].arguments['text']} (" in matches
+        assert calls[-1].arguments["text"] in calls[-1].arguments["claims"][0]["text"]
+
+
+def in_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def test_windows_say_when_the_key_is_there_and_only_then_in_seconds_of_their_own(films: list[Made]) -> None:
     for made in films:
         rows = list(windows_of(*made.about, np.random.default_rng(0)))
         assert bool(rows) != made.question.read
+        with_it = 0
         for raw in rows:
-            content = raw["messages"][0]["content"]
-            times, answer = content[0]["times"], raw["messages"][1]["content"]
+            video, answer = raw["messages"][0]["content"][0], raw["messages"][1]["content"]
+            times, origin = video["times"], video["origin"]
             (key,) = made.script.keys[:1]
             visible = not absent(made.question) and any(key.visible(time) for time in times)
             span = parse_span(answer)
             assert (span is not None) == (answer != prompts.NOT_THERE)
-            if visible:
-                assert span is not None and temporal_iou(span, key.span) > 0
-                assert times[0] - 0.2 <= span[0] and span[1] <= times[-1] + 1.2
-            elif span is not None:  # between two frames, or at the window's edge
-                assert not absent(made.question) and temporal_iou(span, key.span) > 0
+            if span is None:
+                assert not visible
+                continue
+            with_it += 1
+            there = span[0] + origin, span[1] + origin
+            assert not absent(made.question) and overlap(there, key.span) > 0.9 * (there[1] - there[0])
+            assert span[0] >= 0 and there[1] <= times[-1] + 1.2
+        assert bool(with_it) != (made.question.read or absent(made.question))
 
 
 def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +199,10 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
         def answer(self, most: int) -> Iterator[str]:
             return iter(("1.0 to 2.0",))
 
-    def ask_nobody(self: Workspace, clip: Clip, question: str, *, quoted: Sequence[str] = ()) -> Undecided:
-        content = question_parts(clip, question, quoted)
+    def ask_nobody(
+        self: Workspace, clip: Clip, question: str, *, quoted: Sequence[str] = (), origin: float = 0.0
+    ) -> Undecided:
+        content = question_parts(clip, question, quoted, origin)
         asked.append([{**content[0], "video": str(self.video)}, *content[1:]])
         return Undecided()
 
@@ -184,11 +211,12 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
         return [{**video, "video": str(made.folder / video["video"])}, *rest]
 
     monkeypatch.setattr(Workspace, "asked", ask_nobody)
+    monkeypatch.setattr("agent.tools.ground.CANDIDATES", 99)
     for made in (made for made in films if made.kind in ("rare", "said")):
         whole = (0.0, made.workspace.duration)
-        coarse = [raw for raw in windows_of(*made.about, np.random.default_rng(0)) if seconds_of(raw) > 10]
-        assert bool(coarse) != made.question.read
-        for raw in coarse:
+        asked_of_it = list(windows_of(*made.about, np.random.default_rng(0)))
+        assert bool(asked_of_it) != made.question.read
+        for raw in asked_of_it:
             what = re.findall(r"to be seen: (.*)\? Answer", raw["messages"][0]["content"][-1]["text"])[0]
             Ground(made.workspace).find(what, whole)
             assert said(raw, made) in asked
@@ -197,11 +225,6 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
             for span in [each.span for each in (*made.script.figures, *made.script.lines)]:
                 Verify(made.workspace).check(claim, [span])
             assert said(raw, made) in asked
-
-
-def seconds_of(raw: dict[str, Any]) -> float:
-    times = raw["messages"][0]["content"][0]["times"]
-    return float(times[-1] - times[0])
 
 
 def claim_of(raw: dict[str, Any]) -> str:

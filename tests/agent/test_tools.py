@@ -18,10 +18,10 @@ from agent import prompts
 from agent.content import content_hash
 from agent.library import Collection, Entry, Library, LibraryError
 from agent.session import Session
-from agent.spans import Span
+from agent.spans import Span, overlap
 from agent.tools import ground
 from agent.tools.box import NAMES, OF_LIBRARY, tools
-from agent.tools.ground import Found, Ground, windows
+from agent.tools.ground import Found, Ground, together, windows
 from agent.tools.look import MOST_FRAMES, Look, Overview
 from agent.tools.memory import Note, Recall, Search
 from agent.tools.segment import MOST_SHOTS, Segment
@@ -165,17 +165,18 @@ def test_transcript_reads_a_sidecar_in_a_wrong_encoding(silent: Path, encoding: 
 
 
 class Knows:
-    """What a model would find that knows where an event is: sure of windows that hold a second of it."""
+    """What a model would find that knows where an event is: sure of windows that hold half a second of it."""
 
     def __init__(self, event: Span | None) -> None:
         self.event, self.asked = event, [(0.0, 0.0, 0.0)][:0]
 
     def __call__(self, description: str, window: Span, fps: float) -> Found:
         self.asked.append((*window, fps))
-        if self.event is None or min(window[1], self.event[1]) - max(window[0], self.event[0]) < 1.0:
-            return Found(window, 0.1)
-        found = max(window[0], self.event[0]), min(window[1], self.event[1])
-        return Found(found, min(0.5 + 0.4 * (found[1] - found[0]) / (self.event[1] - self.event[0]) + 0.01 * fps, 1.0))
+        if self.event is None or overlap(window, self.event) < 0.5:
+            return Found(window, 0.1, window)
+        seen = max(window[0], self.event[0]), min(window[1], self.event[1])
+        share = (seen[1] - seen[0]) / (self.event[1] - self.event[0])
+        return Found(window if fps == ground.FPS else seen, 0.5 + 0.44 * share, window)
 
 
 def grounding(monkeypatch: pytest.MonkeyPatch, knows: Any) -> Ground:
@@ -188,12 +189,22 @@ def grounding(monkeypatch: pytest.MonkeyPatch, knows: Any) -> Ground:
 def test_ground_finds_an_event_of_three_seconds_in_ten_minutes(monkeypatch: pytest.MonkeyPatch, start: float) -> None:
     knows = Knows((start, start + 3.0))
     tool = grounding(monkeypatch, knows)
-    best = tool.find("a red circle", (0.0, 600.0))[0]
-    assert best.span == (start, start + 3.0) and best.probability == pytest.approx(0.94)
-    coarse = [each[:2] for each in knows.asked if each[2] == ground.COARSE_FPS]
-    assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES
+    (found,) = tool.find("a red circle", (0.0, 600.0))
+    assert found.span == (start, start + 3.0) and found.probability == pytest.approx(0.94)
+    coarse = [each[:2] for each in knows.asked if each[2] == ground.FPS]
+    parts = windows(windows((0.0, 600.0))[0], ground.FINE_WINDOW, ground.FINE_OVERLAP)
+    assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES * len(parts)
     assert all(0 <= first < last <= 600 for first, last, _ in knows.asked)
     assert call(tool, {"description": "a red circle"}).text == f"Matches: {start:.1f} to {start + 3:.1f} (0.94)."
+
+
+@given(st.floats(0.0, 20.0), st.floats(1.0, 16.0))
+def test_an_event_that_goes_on_behind_a_window_is_one_match(start: float, length: float) -> None:
+    event = start, start + length
+    cut = [part for part in windows((0.0, 40.0), ground.FINE_WINDOW, ground.FINE_OVERLAP) if overlap(part, event) > 0.1]
+    seen = [(max(part[0], event[0]), min(part[1], event[1])) for part in cut]
+    found = together([Found(span, 0.9, part) for span, part in zip(seen, cut, strict=True)])
+    assert len(found) == 1 and found[0].span == pytest.approx(event, abs=0.11)
 
 
 def test_ground_looks_in_the_named_span_only_and_says_when_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,28 +214,31 @@ def test_ground_looks_in_the_named_span_only_and_says_when_nothing_is_there(monk
     assert [each[:2] for each in knows.asked] == [(200.0, 210.0)] and not shown.is_evidence
 
 
-def test_of_matches_that_overlap_ground_keeps_the_one_that_a_closer_look_finds_likelier(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    answers = iter([(0.9, (10.0, 14.0)), (0.8, (12.0, 15.0)), (0.1, (24.0, 40.0))])  # coarse
-    closer = iter([(0.3, (10.0, 14.0)), (0.95, (12.0, 15.0))])
-
+def test_what_a_closer_look_does_not_see_is_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(description: str, window: Span, fps: float) -> Found:
-        probability, span = next(answers if fps == ground.COARSE_FPS else closer)
-        return Found(span, probability)
+        return Found(window, 0.8 if fps == ground.FPS else 0.3 - window[0] / 1000, window)
 
-    found = grounding(monkeypatch, ask).find("a red circle", (0.0, 40.0))
-    assert [each.span for each in found] == [(12.0, 15.0), (24.0, 40.0)]
+    shown = call(grounding(monkeypatch, ask), {"description": "a red circle", "start": 0.0, "end": 12.0})
+    assert shown.text == "Nothing from 0.0 to 12.0 matches. The likeliest place is 0.0 to 6.0 (0.30)."
 
 
-@given(st.floats(0, 5_000), st.floats(0.1, 5_000))
-def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(start: float, length: float) -> None:
+def test_of_whole_matches_that_overlap_the_likelier_stays_and_parts_of_it_are_no_other_match() -> None:
+    first, second, cut = (8.0, 14.0), (11.0, 17.0), (12.0, 18.0)
+    found = [Found((10.0, 13.0), 0.7, first), Found((11.5, 14.0), 0.9, second), Found((12.0, 12.6), 0.99, cut)]
+    other = Found((30.0, 31.0), 0.95, (28.0, 34.0))
+    assert together([*found, other]) == [other, found[1]]
+
+
+@given(st.floats(0, 5_000), st.floats(0.1, 5_000), st.sampled_from([(16.0, 4.0), (6.0, 3.0)]))
+def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(
+    start: float, length: float, how: tuple[float, float]
+) -> None:
     span = start, start + length
-    found = windows(span)
+    found = windows(span, *how)
     assert found[0][0] == start and found[-1][1] == pytest.approx(span[1])
-    assert all(0 < last - first <= ground.WINDOW + 1e-6 for first, last in found)
+    assert all(0 < last - first <= how[0] + 1e-6 for first, last in found)
     for (_, last), (first, _) in pairwise(found):
-        assert last - first == pytest.approx(ground.OVERLAP, abs=1e-6)
+        assert last - first == pytest.approx(how[1], abs=1e-6)
     assert all(last <= span[1] for _, last in found)
 
 
@@ -281,15 +295,27 @@ def test_of_several_spans_one_that_decides_is_enough(clip: Path, monkeypatch: py
     assert Verify(about(clip)).check("It is so.", []).verdict == "unclear"
 
 
-def test_ground_reads_a_span_and_a_probability_out_of_the_model(
+def test_ground_reads_a_span_and_a_probability_out_of_the_model_in_seconds_of_the_window(
     clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown: list[str] = []
+    read = Session.read
+
+    def spy(self: Session, messages: Sequence[Any]) -> int:
+        tokens = read(self, messages)
+        shown.append(str(messages[-1]["content"][0]["origin"]))
+        return tokens
+
+    monkeypatch.setattr(Session, "read", spy)
     monkeypatch.setattr(Session, "log_likelihoods", lambda self, answers: np.log([0.25]))
-    scripted: Any = Scripted(model, tokenizer, ["It is there from 3.0 to 99 seconds.", "nowhere"])
+    scripted: Any = Scripted(model, tokenizer, ["It is there from 1.0 to 99 seconds.", "nowhere"])
     tool = Ground(Workspace(clip, scripted, tokenizer))
-    assert tool._ask("a circle", (2.0, 4.0), 1.0) == Found((3.0, 4.0), 0.75)
-    assert tool._ask("a square", (2.0, 4.0), 1.0) == Found((2.0, 4.0), 0.75)
-    assert tool._ask("a circle", (2.0, 4.0), 1.0) == Found((3.0, 4.0), 0.75)  # known: nobody is asked again
+    fine, window = ground.FINE_FPS, (1.5, 3.5)
+    assert tool._ask("a circle", window, fine) == Found((2.5, 3.5), 0.75, window)
+    assert tool._ask("a square", window, fine) == Found(window, 0.75, window)
+    assert tool._ask("a circle", window, fine) == Found((2.5, 3.5), 0.75, window)  # known: nobody is asked again
+    assert tool._ask("a circle", window, ground.FPS) == Found(window, 0.75, window)  # only whether it is there
+    assert shown == ["1.5"] * 3
 
 
 def test_summaries_of_parts_are_merged_eight_at_a_time(

@@ -221,6 +221,22 @@ def test_a_file_gives_the_frames_on_the_screen_at_the_times(make_clip: Callable[
     assert inputs.grid_thw.tolist() == [[2, *whole.grid_thw[0, 1:].tolist()]]
 
 
+def test_a_part_of_a_video_may_be_shown_as_a_clip_of_its_own(make_clip: Callable[..., Path]) -> None:
+    clip = make_clip("a.mp4", frames=40, fps=10)
+    part = {"type": "video", "video": str(clip), "times": [1.55, 2.0, 3.0, 3.2], "origin": 1.55}
+    inputs, frames = (
+        build_inputs(MICRO, user(shown, TEXT_PART))
+        for shown in (part, {**part, "video": FRAMES[:4], "times": [301.0, 301.2, 305.5, 305.9], "origin": 301.0})
+    )
+    assert inputs.media[0].timestamps == pytest.approx((0.0, 0.45, 1.45, 1.65))  # the first came on before the origin
+    assert frames.media[0].timestamps == pytest.approx((0.0, 0.2, 4.5, 4.9))
+    for origin in (-1.0, "1", True, float("nan")):
+        with pytest.raises(PromptError, match=r"origin is .* a number of seconds"):
+            build_inputs(MICRO, user({**part, "origin": origin}, TEXT_PART))
+    with pytest.raises(PromptError, match="beside times"):
+        build_inputs(MICRO, user({"type": "video", "video": str(clip), "origin": 1.0}, TEXT_PART))
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 

@@ -163,9 +163,10 @@ def test_the_id_of_a_row_is_its_content_s(folder: Path, tmp_path: Path) -> None:
 
 def test_a_row_may_say_which_frames_it_shows_and_which_tools_it_offers(folder: Path) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    shown = {**VIDEO, "times": [0.5, 1.5]}
+    shown = {**VIDEO, "times": [0.5, 1.5], "origin": 0.5}
     parsed = parse_row({**showing(shown), "tools": [tool]}, folder, "sft")
-    assert parsed.tools == (tool,) and parsed.messages[0]["content"][0]["times"] == [0.5, 1.5]
+    (part, *_) = parsed.messages[0]["content"]
+    assert parsed.tools == (tool,) and (part["times"], part["origin"]) == ([0.5, 1.5], 0.5)
     assert parsed.id != parse_row(showing(shown), folder, "sft").id != parse_row(showing(VIDEO), folder, "sft").id
     for tools in ([], {}, ["look"], "look"):
         with pytest.raises(RowError, match="list of functions"):
