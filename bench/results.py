@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -55,16 +55,8 @@ ABLATIONS: Mapping[str, Method] = {
 }
 METHODS: Mapping[str, Method] = {"the whole method": Method(), **ABLATIONS}
 
-USUAL, FEW, MANY = Framing(fps=2.0), Framing(fps=1.0, min_frames=4), Framing(fps=4.0)
-"""How clips are seen: as the processor's config says; as the student of the last stage sees them, and its teacher."""
-
-VIEWS: Mapping[str, tuple[str, Framing]] = {
-    "short": ("short", USUAL),
-    "long": ("long", USUAL),
-    "few": ("known", FEW),
-    "many": ("known", MANY),
-}
-"""Held-out rows, and how their clips are seen."""
+VIEWS = ("short", "long")
+"""Held-out rows, by the length of their clips."""
 
 BACKENDS: tuple[BackendName, ...] = ("torch", "mlx")
 DTYPES = ("float32", "float16")
@@ -121,9 +113,9 @@ def main() -> None:
     write_rows(given.base, given.tiny, scratch)
     convert_ablations(given.base / "model", scratch)
     table, ablated = entries(given.base, given.tiny), ablations(scratch)
-    tasks = [Task(folder, tuple(views_of(entry.name))) for entry in table for folder in entry.folders]
+    tasks = [Task(folder, VIEWS) for entry in table for folder in entry.folders]
     tasks += [Task(folder, ("short",)) for entry in ablated for folder in entry.folders]
-    tasks += [Task(given.tiny / TINY, ("short", "long"), Run(name, dtype)) for dtype in DTYPES for name in BACKENDS]
+    tasks += [Task(given.tiny / TINY, VIEWS, Run(name, dtype)) for dtype in DTYPES for name in BACKENDS]
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(partial(start, given, kept), [task for task in dict.fromkeys(tasks) if task.folder.exists()]))
     for entry in table:
@@ -145,7 +137,7 @@ def write_page(page: Path, base: Path, tiny: Path) -> None:
     twins = {dtype: each for dtype, each in both.items() if all(each)}
     write_beside(
         page,
-        document(of(entries(base, tiny), "short", "long"), of(ablations(tiny / "results"), "short"), twins).encode(),
+        document(of(entries(base, tiny), *VIEWS), of(ablations(tiny / "results"), "short"), twins).encode(),
     )
 
 
@@ -173,20 +165,11 @@ def ablations(scratch: Path) -> list[Entry]:
     ]
 
 
-def views_of(entry: str) -> Iterator[str]:
-    """What an entry of the table is asked."""
-    yield from ("short", "long")
-    if entry in ("base", *CHAIN[-2:]):
-        yield "few"
-    if entry == CHAIN[-2]:
-        yield "many"
-
-
 def write_rows(base: Path, tiny: Path, scratch: Path) -> None:
-    """The held-out rows as meta files: those of the base's kinds, all short ones, the long ones."""
+    """The held-out rows as meta files."""
     known = base / "data/heldout.jsonl"
     others = {name: tiny / f"data/{name}/heldout.jsonl" for name in ("said", "new", "long")}
-    sets = {"known": ("known",), "short": ("known", "said", "new"), "long": ("long",)}
+    sets = {"short": ("known", "said", "new"), "long": ("long",)}
     files = {"known": known, **others}
     (scratch / "rows").mkdir(parents=True, exist_ok=True)
     for name, parts in sets.items():
@@ -242,10 +225,9 @@ def work(kept: Path, scratch: Path, task: Task) -> None:
     for view in task.views:
         if view in known["views"]:
             continue
-        rows, framing = VIEWS[view]
-        builder = SampleBuilder(tokenizer, framing, partial(build_inputs, videos=clips))
+        builder = SampleBuilder(tokenizer, Framing(fps=2.0), partial(build_inputs, videos=clips))
         kinds: dict[str, dict[str, list[Any]]] = {}
-        for row in read_rows(scratch / f"rows/{rows}.json", "rl"):
+        for row in read_rows(scratch / f"rows/{view}.json", "rl"):
             text = tokenizer.decode(list(model.generate(builder.prompt(row), max_tokens=32)))
             kind = kinds.setdefault(str(row.kind), {"answers": [], "scores": []})
             kind["answers"].append(text)

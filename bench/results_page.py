@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from train.tiny.pipeline import CHAIN
+from train.tiny.pipeline import CHAIN, TEACHER
 from train.toyworld.dataset import BASE_SHARES
 
 Answers = Mapping[str, Mapping[str, Any]]
@@ -54,7 +54,7 @@ def document(
     sections = {
         "Short clips": f"{_short(table)}\n\n{RATIO_8}",
         "Clips of sixteen seconds": "\n\n".join(block for block in (_long(table), _ratio_of_long(table)) if block),
-        "Few frames": _few(table),
+        "Distillation": _taught(table),
         "Both backends": _agreement(twins),
         "Conversion: each part of the method left out": _ablations(ablated),
     }
@@ -99,21 +99,24 @@ def _ratio_of_long(table: Mapping[str, Sequence[Findings]]) -> str:
     return f"The long clips' mean over the short ones': {', '.join(parts)}." if parts else ""
 
 
-def _few(table: Mapping[str, Sequence[Findings]]) -> str:
+def _taught(table: Mapping[str, Sequence[Findings]]) -> str:
     *_, before, after = CHAIN
-    if before not in table or after not in table:
+    if after not in table:
         return ""
-    lines = _head("", "frames a second", "mean", "same answer as the teacher")
-    taught = _spread([each["mean"] for each in _means(table[before], "many")])
-    lines.append(_row(f"{before}, the teacher", "4", taught, "1"))
-    for name in (before, after):
+    lines = _head("", "mean, short clips", "same answer as the teacher", "mean, long clips")
+    for name in (TEACHER, before, after):
         same = [
-            _same(student["views"]["few"], teacher["views"]["many"])
-            for student, teacher in zip(table[name], table[before], strict=False)  # the last seeds may not be there yet
+            _same(*(_with_choices(each["views"]["short"]) for each in pair))
+            for pair in zip(table[name], table[TEACHER], strict=False)  # the last seeds may not be there yet
         ]
-        right = _spread([each["mean"] for each in _means(table[name], "few")])
-        lines.append(_row(name, "1", right, _spread(same)))
+        means = [_spread([each["mean"] for each in _means(table[name], view)]) for view in ("short", "long")]
+        lines.append(_row(f"{name}, the teacher" if name == TEACHER else name, means[0], _spread(same), means[1]))
     return "\n".join(lines)
+
+
+def _with_choices(found: Answers) -> Answers:
+    """Of the kinds that are taught."""
+    return {kind: each for kind, each in found.items() if kind != "when"}
 
 
 def _agreement(twins: Mapping[str, Sequence[Findings]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def test_every_step_reads_what_an_earlier_one_made() -> None:
         if training:
             assert Path(option(step.arguments, "--data")) in rows
             recipe = option(step.arguments, "--recipe")
-            read = read_recipe(recipe, [], stage=step.arguments[1])  # type: ignore[arg-type]
+            given = [key for name, key in pairwise(step.arguments) if name == "--set"]
+            read = read_recipe(recipe, given, stage=step.arguments[1])  # type: ignore[arg-type]
             assert read.stage == step.arguments[1] and read.full == (recipe.removeprefix("tiny/") not in pipeline.LORAS)
         made.add(step.made)
         names.append(step.name)
@@ -110,9 +112,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
         monkeypatch.setattr(pipeline, name, value)
         if hasattr(base_rows, name):
             monkeypatch.setattr(base_rows, name, value)
-    for name in ("CLIPS", "LONG_CLIPS"):
-        sets = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, {key: (6, shares) for key, (_, shares) in sets.items()})
+    monkeypatch.setattr(pipeline, "CLIPS", {key: (6, shares) for key, (_, shares) in pipeline.CLIPS.items()})
+    monkeypatch.setattr(pipeline, "LONG_CLIPS", 6)
     heldout = {name: (1, *rest) for name, (_, *rest) in pipeline.HELDOUT.items()}
     monkeypatch.setattr(pipeline, "HELDOUT", heldout)
     base = tmp_path / "base"

@@ -3,8 +3,8 @@
 It goes on from the models that the repository keeps (train/tiny/kept); without that folder, from `make tiny-base`.
 
 The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
-new kinds of question; rewards sharpen spans; a teacher that sees four times the frames makes do with few. The first
-seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, and from rewards for its own.
+new kinds of question; rewards sharpen spans; the model from before the long clips teaches back what these cost. The
+first seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, and from rewards for its own.
 
 OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
@@ -50,6 +50,9 @@ LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
+TEACHER = "sft-short"
+"""Whose model teaches the last of them."""
+
 LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
 
@@ -67,8 +70,11 @@ SHORT_SHARES: Mapping[str, float] = {
 CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 """Training clips that the base has not seen, of four seconds."""
 
-LONG_CLIPS = {"long": (4_000, LONG_SHARES), "long-spans": (1_000, {"when": 1.0})}
+LONG_CLIPS = 4_000
 """Of LONG_SECONDS."""
+
+CHOICES = "choices"
+"""Of the short clips' rows those whose answer is one of choices."""
 
 STILLS, MOVES, PAIRS, TEXTS, ECHOES = 20_000, 6_000, 12_000, 12_000, 20_000
 """Pictures and clips of several figures at once; lists of pairs; transcripts, each asked about in all of its lines;
@@ -90,8 +96,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "long", "long-talks", "long-descriptions", "short-talks", "stills-talks", "moves-talks", "pairs-talks", "texts",
         "echoes",
     ),
-    "rl": ("spans", "long-spans", "short", "long"),
-    "distill": ("short", "long"),
+    "rl": ("spans", "short", "long"),
+    "distill": (f"short-{CHOICES}",),
     "sft-act": ("echoes", "runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
     "rl-act": ("questions",),
 }  # fmt: skip
@@ -176,14 +182,17 @@ def write_data(base: Path, data: Path) -> None:
     for name, (clips, shares) in CLIPS.items():
         if not (data / name / "train.jsonl").exists():
             write_dataset(data / name, "train", TRAIN_CLIPS, clips, shares=shares, workers=workers)
-    for name, (clips, shares) in LONG_CLIPS.items():
-        if not (data / name / "train.jsonl").exists():
-            write_dataset(
-                data / name, "train", TRAIN_CLIPS, clips, shares=shares, duration=LONG_SECONDS, workers=workers
-            )
+    if not (data / "long/train.jsonl").exists():
+        write_dataset(
+            data / "long", "train", TRAIN_CLIPS, LONG_CLIPS,
+            shares=LONG_SHARES, duration=LONG_SECONDS, workers=workers,
+        )  # fmt: skip
+    if not (file := data / f"short/{CHOICES}.jsonl").exists():
+        lines = (data / "short/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        write_beside(file, "".join(line for line in lines if CHOICES in json.loads(line)).encode())
     for folder, (clips, shares), duration in (
         (data / "short", CLIPS["short"], SHORT_SECONDS),
-        (data / "long", LONG_CLIPS["long"], LONG_SECONDS),
+        (data / "long", (LONG_CLIPS, LONG_SHARES), LONG_SECONDS),
     ):
         for kind, make in MADE.items():
             if not (file := folder / f"{kind}.jsonl").exists():
@@ -215,7 +224,7 @@ def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
     if name in ACTS:
         return data / f"acts/{name}.jsonl"
-    if kind not in MADE:
+    if kind not in (*MADE, CHOICES):
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
 
@@ -235,10 +244,11 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         for variant in variants:
             rows = base / "data" / ROWS
             yield _training("cpt", f"{variant}-cpt-{seed}", out / variant, rows, out, seed, overrides)
-        before = out / f"{variants[0]}-cpt-{seed}/model"
+        before, teacher = out / f"{variants[0]}-cpt-{seed}/model", result_of(out, TEACHER, seed)
         for stage in CHAIN:
             name, after = f"{stage}-{seed}", result_of(out, stage, seed)
-            yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, overrides)
+            taught = [f"teacher.model={json.dumps(str(teacher))}"] if stage == "distill" else []
+            yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, [*taught, *overrides])
             if stage in LORAS:
                 adapter = out / name / "adapter"
                 yield Step(after.name, ("convert", str(before), str(after), "--adapter", str(adapter)), after)
