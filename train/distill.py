@@ -1,11 +1,14 @@
-"""distill: a step is answers of the student's own, and a teacher, who may see more of the video, scores every token."""
+"""distill: a step is answers of the student's own, and teachers, who may see more of the video, score every token.
+
+There may be several, each for the data that it is best at: multi-teacher on-policy distillation, arXiv 2606.30406.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from ivcore.errors import TrainingError
 from ivcore.hub import resolve
 from ivcore.tokenizer import Tokenizer
 from ivcore.training import Batch, Distill
+from train.order import check_names
 from train.packing import first_fit
 from train.processes import ALONE, Processes, agreed, summed
 from train.recipe import DistillRecipe, ResolvedPhase, Teacher
@@ -29,12 +33,18 @@ HELD_BYTES = 1 << 30
 """Of what the teacher says of the whole vocabulary, how much is held at a time; that of one answer, if it is more."""
 
 
-class DistillStage:
-    """On-policy distillation, step by step.
-
-    teacher_builder: makes prompts as the teacher sees them. teacher: scores a batch, the whole vocabulary (K, vocab) or
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """A teacher at work. builder: makes prompts as it sees them. score: of a batch, the whole vocabulary (K, vocab) or
     the tokens in it (S,), as the recipe's `vocabulary` says.
     """
+
+    builder: SampleBuilder
+    score: Score
+
+
+class DistillStage:
+    """On-policy distillation, step by step; guides: by data set, all of the data's."""
 
     def __init__(
         self,
@@ -42,19 +52,18 @@ class DistillStage:
         phase: ResolvedPhase,
         rows: Rows,
         builder: SampleBuilder,
-        teacher_builder: SampleBuilder,
-        teacher: Score,
+        guides: Mapping[str, Guide],
         seed: int,
         processes: Processes = ALONE,
     ) -> None:
         self._processes = processes
         self._recipe, self._budget, self._builder = recipe, phase.data.max_tokens, builder
-        self._teacher_builder, self._teacher = teacher_builder, teacher
+        self._guides = guides
         self._roller = Roller(
             rows,
             phase,
             recipe.rollout,
-            lambda row: (builder.prompt(row), teacher_builder.prompt(row)),
+            lambda row: (builder.prompt(row), guides[row.dataset].builder.prompt(row)),
             seed,
             processes,
         )
@@ -69,10 +78,10 @@ class DistillStage:
             groups = self._last = self._roller.step(trainer.model)
         students, teachers = [], []
         for group in groups:
-            seen, shown = group.prompts
+            (seen, shown), guide = group.prompts, self._guides[group.row.dataset]
             for answer in group.answers:
                 students.append(self._builder.rollout(group.row.id, seen, answer.token_ids))
-                teachers.append(self._teacher_builder.rollout(group.row.id, shown, answer.token_ids))
+                teachers.append((guide, guide.builder.rollout(group.row.id, shown, answer.token_ids)))
         total = sum(processes.gather(sum(int(sample.trained.sum()) for sample in students)))
         batches = self._batches(students, teachers, total, trainer.model.config.text.vocab_size)
         sums: defaultdict[str, float] = defaultdict(float)
@@ -100,9 +109,9 @@ class DistillStage:
         self._roller.load_state(state)
 
     def _batches(
-        self, students: Sequence[Sample], teachers: Sequence[Sample], total: int, vocab_size: int
+        self, students: Sequence[Sample], teachers: Sequence[tuple[Guide, Sample]], total: int, vocab_size: int
     ) -> Iterator[tuple[Batch, Distill]]:
-        """This process's batches with what the teacher says, one by one; total: tokens of all answers of the step."""
+        """This process's batches with what teachers say, one by one; total: tokens of all answers of the step."""
         lengths = [int(sample.trained.sum()) for sample in students]
         held = HELD_BYTES // (4 * vocab_size) if self._recipe.vocabulary == "full" else total
         for portion in first_fit(lengths, held):
@@ -110,36 +119,59 @@ class DistillStage:
                 scores = self._scores([teachers[portion[index]] for index in indices], batch)
                 yield batch, Distill(scores, self._recipe.forward_share)
 
-    def _scores(self, samples: Sequence[Sample], batch: Batch) -> np.ndarray:
-        """What `Distill` takes for a batch of the student's, from the teacher's samples of the same answers."""
-        lengths = [int(sample.trained.sum()) for sample in samples]
+    def _scores(self, samples: Sequence[tuple[Guide, Sample]], batch: Batch) -> np.ndarray:
+        """What `Distill` takes for a batch of the student's, from the teachers' samples of the same answers."""
+        lengths = [int(sample.trained.sum()) for _, sample in samples]
         found: dict[int, np.ndarray] = {}
-        for indices, shown in packs(samples, 1, self._budget):
-            scores = self._teacher(shown)
-            if scores.ndim == 1:
-                scores = scores[shown.places]
-            ends = np.cumsum([lengths[index] for index in indices])[:-1]
-            found |= zip(indices, np.split(scores, ends), strict=True)
+        for guide in dict.fromkeys(guide for guide, _ in samples):
+            theirs = [index for index, (each, _) in enumerate(samples) if each is guide]
+            for places, shown in packs([samples[index][1] for index in theirs], 1, self._budget):
+                scores = guide.score(shown)
+                if scores.ndim == 1:
+                    scores = scores[shown.places]
+                indices = [theirs[place] for place in places]
+                ends = np.cumsum([lengths[index] for index in indices])[:-1]
+                found |= zip(indices, np.split(scores, ends), strict=True)
         joined = np.concatenate([found[index] for index in range(len(samples))])
         return joined if joined.ndim == 2 else at_places(batch, joined)
 
 
 def teacher_framing(teacher: Teacher, student: Framing) -> Framing:
     """What the teacher sees of a video; it may take as many tokens as its context holds."""
-    return replace(student, max_tokens=None, **teacher.model_dump(exclude={"model"}, exclude_none=True))
+    seen = teacher.model_dump(include={"fps", "max_frames", "frame_tokens"}, exclude_none=True)
+    return replace(student, max_tokens=None, **seen)
 
 
-def load_teacher(
-    recipe: DistillRecipe, trainer: Trainer, base: Path, backend: BackendName, dtype: str | None
-) -> tuple[Tokenizer, Score]:
-    """The teacher's tokenizer, and how it scores a batch; `base`: what the student was loaded from, and its own teacher
-    with its LoRA taken off.
+def load_guides(
+    recipe: DistillRecipe,
+    trainer: Trainer,
+    base: Path,
+    backend: BackendName,
+    dtype: str | None,
+    datasets: Mapping[str, range],
+    builder: Callable[[Tokenizer], SampleBuilder],
+) -> dict[str, Guide]:
+    """By data set who scores the answers to its rows, each loaded once; `base`: what the student was loaded from, and
+    its own teacher with its LoRA taken off.
 
-    Raises TrainingError for a teacher of another vocabulary.
+    Raises TrainingError for a teacher of another vocabulary, ConfigError for a data set that is not there.
     """
-    path, full = resolve(recipe.teacher.model) if recipe.teacher.model else base, recipe.vocabulary == "full"
+    teacher = recipe.teacher
+    check_names("teacher.by_dataset", teacher.by_dataset, datasets)
+    named = {name: teacher.by_dataset.get(name, teacher.model) for name in datasets}
+    loaded: dict[str, Guide] = {}
+    for model in dict.fromkeys(named.values()):
+        tokenizer, score = _load(recipe, model, trainer, base, backend, dtype)
+        loaded[model] = Guide(builder(tokenizer), score)
+    return {name: loaded[model] for name, model in named.items()}
+
+
+def _load(
+    recipe: DistillRecipe, name: str, trainer: Trainer, base: Path, backend: BackendName, dtype: str | None
+) -> tuple[Tokenizer, Score]:
+    path, full = resolve(name) if name else base, recipe.vocabulary == "full"
     tokenizer = Tokenizer.from_dir(path)
-    if not recipe.teacher.model and trainer.lora is not None:
+    if not name and trainer.lora is not None:
         return tokenizer, partial(trainer.reference_logprobs, full=full)
     model = load(path, backend, dtype)
     theirs, ours = model.config.text.vocab_size, trainer.model.config.text.vocab_size

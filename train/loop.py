@@ -29,7 +29,7 @@ from ivcore.prompt import build_inputs
 from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
-from train.distill import DistillStage, load_teacher, teacher_framing
+from train.distill import DistillStage, load_guides, teacher_framing
 from train.environment import MakeEnvironment, Setting, SingleTurn
 from train.evaluate import evaluate
 from train.order import RowStream, joined
@@ -204,9 +204,9 @@ class Loop:
             reference = load_reference(recipe, self.trainer, self.base, job.backend, job.dtype)
             setting = Setting(recipe, phase, self.rows, builder, self._tokenizer, seed, self.processes)
             return PolicyStage(recipe, phase, job.environment(setting), reference, self.processes)
-        tokenizer, teacher = load_teacher(recipe, self.trainer, self.base, job.backend, job.dtype)
-        teacher_builder = self._builder(teacher_framing(recipe.teacher, framing), tokenizer)
-        return DistillStage(recipe, phase, self.rows, builder, teacher_builder, teacher, seed, self.processes)
+        shown = partial(self._builder, teacher_framing(recipe.teacher, framing))
+        guides = load_guides(recipe, self.trainer, self.base, job.backend, job.dtype, self.rows.datasets, shown)
+        return DistillStage(recipe, phase, self.rows, builder, guides, seed, self.processes)
 
     def _evaluate(self, step: int, phase: ResolvedPhase) -> None:
         if self._held_out is None:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -26,6 +26,15 @@ MOST_FAILURES = 1000
 """Rows that may fail one after the other; after more, it is not the rows that are wrong."""
 MOST_EPOCHS = 50
 """Epochs of rows that a lane looks at for a usable one; it misses the only one there is with a chance of exp(-50)."""
+
+
+def check_names(option: str, names: Iterable[str], datasets: Mapping[str, range]) -> None:
+    """Raises ConfigError for a data set that an option names and the data does not have."""
+    for name in names:
+        if name not in datasets:
+            near = get_close_matches(name, datasets, 1)
+            hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(map(repr, datasets))}"
+            raise ConfigError(f"{option} names the data set {name!r}, which the data does not have; {hint}.")
 
 
 def epoch_order(datasets: Mapping[str, range], shares: Mapping[str, float], seed: int, epoch: int) -> np.ndarray:
@@ -63,11 +72,7 @@ class RowStream:
         if batch % world:
             raise ConfigError(f"batch is {batch}, which {world} processes cannot share evenly; use a multiple.")
         shares = rows.ratios if shares is None else shares
-        for name in shares:
-            if name not in rows.datasets:
-                near = get_close_matches(name, rows.datasets, 1)
-                hint = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(map(repr, rows.datasets))}"
-                raise ConfigError(f"mix names the data set {name!r}, which the data does not have; {hint}.")
+        check_names("mix", shares, rows.datasets)
         self.rows = rows
         self.lanes = range(rank, batch, world)
         self._batch, self._seed = batch, seed

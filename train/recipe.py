@@ -263,10 +263,12 @@ class RlRecipe(_Recipe):
 class Teacher(Table):
     """Who scores the student's tokens: a checkpoint, "" for the student's own base; and what it sees of a video.
 
-    What is not given of fps, max_frames and frame_tokens is as the student sees it.
+    by_dataset: who does instead for the rows of a data set. What is not given of fps, max_frames and frame_tokens is as
+    the student sees it.
     """
 
     model: str = ""
+    by_dataset: dict[str, str] = {}
     fps: Positive | None = None
     max_frames: Count | None = None
     frame_tokens: Count | None = None

@@ -16,7 +16,7 @@ import pytest
 import train.distill
 from ivcore.prompt import build_inputs
 from ivcore.tokenizer import Tokenizer
-from train.distill import DistillStage, load_teacher, teacher_framing
+from train.distill import DistillStage, load_guides, teacher_framing
 from train.recipe_file import parse_recipe
 from train.rollouts import Group
 from train.rows import read_rows
@@ -49,14 +49,16 @@ class Bench:
         self.recipe: Any = parse_recipe(SETTINGS | changes)
         self.model = importlib.import_module(f"iv{backend}").load(student)
         self.trainer: Any = make_trainer(self.model, self.recipe)
-        tokenizer, teacher = load_teacher(self.recipe, self.trainer, student, backend, None)  # type: ignore[arg-type]
         self.framing = Framing(max_frames=2, min_frames=2)
         builder = SampleBuilder(Tokenizer.from_dir(student), self.framing)
         self.shown = teacher_framing(self.recipe.teacher, self.framing)
         (phase,) = self.recipe.plan()
         rows = read_rows(file, "distill")
-        teacher_builder = SampleBuilder(tokenizer, self.shown)
-        self.stage = DistillStage(self.recipe, phase, rows, builder, teacher_builder, teacher, 0)
+        guides = load_guides(
+            self.recipe, self.trainer, student, backend, None,  # type: ignore[arg-type]
+            rows.datasets, lambda tokenizer: SampleBuilder(tokenizer, self.shown),
+        )  # fmt: skip
+        self.stage = DistillStage(self.recipe, phase, rows, builder, guides, 0)
 
     @property
     def groups(self) -> list[Group]:

@@ -50,8 +50,8 @@ LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
-TEACHER = "sft-short"
-"""Whose model teaches the last of them."""
+TEACHER, TAUGHT = "sft-short", "short-choices"
+"""Whose model teaches the last of them, and what; the rest it is taught by the model that it goes on from."""
 
 LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
@@ -72,9 +72,6 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 
 LONG_CLIPS = 4_000
 """Of LONG_SECONDS."""
-
-CHOICES = "choices"
-"""Of the short clips' rows those whose answer is one of choices."""
 
 STILLS, MOVES, PAIRS, TEXTS, ECHOES = 20_000, 6_000, 12_000, 12_000, 20_000
 """Pictures and clips of several figures at once; lists of pairs; transcripts, each asked about in all of its lines;
@@ -97,7 +94,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "echoes",
     ),
     "rl": ("spans", "short", "long"),
-    "distill": (f"short-{CHOICES}",),
+    "distill": (TAUGHT, "spans", "long"),
     "sft-act": ("echoes", "runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
     "rl-act": ("questions",),
 }  # fmt: skip
@@ -187,9 +184,9 @@ def write_data(base: Path, data: Path) -> None:
             data / "long", "train", TRAIN_CLIPS, LONG_CLIPS,
             shares=LONG_SHARES, duration=LONG_SECONDS, workers=workers,
         )  # fmt: skip
-    if not (file := data / f"short/{CHOICES}.jsonl").exists():
+    if not (file := data / "short/choices.jsonl").exists():
         lines = (data / "short/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        write_beside(file, "".join(line for line in lines if CHOICES in json.loads(line)).encode())
+        write_beside(file, "".join(line for line in lines if "choices" in json.loads(line)).encode())
     for folder, (clips, shares), duration in (
         (data / "short", CLIPS["short"], SHORT_SECONDS),
         (data / "long", (LONG_CLIPS, LONG_SHARES), LONG_SECONDS),
@@ -224,7 +221,7 @@ def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
     if name in ACTS:
         return data / f"acts/{name}.jsonl"
-    if kind not in (*MADE, CHOICES):
+    if kind not in (*MADE, "choices"):
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
 
@@ -247,7 +244,7 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         before, teacher = out / f"{variants[0]}-cpt-{seed}/model", result_of(out, TEACHER, seed)
         for stage in CHAIN:
             name, after = f"{stage}-{seed}", result_of(out, stage, seed)
-            taught = [f"teacher.model={json.dumps(str(teacher))}"] if stage == "distill" else []
+            taught = [f"teacher.by_dataset.{TAUGHT}={json.dumps(str(teacher))}"] if stage == "distill" else []
             yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, [*taught, *overrides])
             if stage in LORAS:
                 adapter = out / name / "adapter"
