@@ -126,6 +126,44 @@ def test_the_sampled_loss_is_the_mean_of_what_the_student_is_ahead_by(runs: Any,
     assert metrics["kl"] == metrics["loss"] and "forward_kl" not in metrics
 
 
+@pytest.fixture(scope="module")
+def two_sets(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text by the name of `said`, and what is to be seen as `shown`."""
+    folder = tmp_path_factory.mktemp("sets")
+    rows = {"said": runs.text_rows(1), "shown": runs.media_rows(folder)}
+    files = {name: runs.write_rows(folder / f"{name}.jsonl", each) for name, each in rows.items()}
+    meta = {name: {"annotation": str(file), "media_root": str(folder)} for name, file in files.items()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "sampled"])
+def test_every_data_set_has_its_own_teacher(runs: Any, two_sets: Path, backend: str, vocabulary: str) -> None:
+    """The student itself teaches the texts, so all of the divergence is that from the other one at what is shown."""
+    path = runs.REFERENCE / "qwen3vl-micro"
+    bench = Bench(two_sets, runs.MICRO, backend, vocabulary=vocabulary, batch=4,
+                  teacher={"by_dataset": {"shown": str(path)}})  # fmt: skip
+    metrics = bench.step()
+    teacher = importlib.import_module(f"iv{backend}").load(path)
+    student, tokens = bench.scores(bench.model, runs.MICRO, bench.framing)
+    other, _ = bench.scores(teacher, path, bench.shown)
+    shown = np.repeat(
+        [group.row.dataset == "shown" for group in bench.groups],
+        [sum(map(len, group.answers)) for group in bench.groups],
+    )
+    assert 0 < shown.sum() < len(shown)
+    ahead = (np.exp(student) * (student - other)).sum(axis=-1)
+    if vocabulary == "sampled":
+        ahead = (student - other)[np.arange(len(tokens)), tokens]
+    assert metrics["kl"] == pytest.approx((ahead * shown).mean(), rel=1e-4)
+
+
+def test_a_teacher_of_a_data_set_that_is_not_there_is_refused(runs: Any, two_sets: Path, tmp_path: Path) -> None:
+    changes = SETTINGS | {"teacher": {"by_dataset": {"show": str(runs.MICRO)}}}
+    said = runs.refused(runs.job(tmp_path / "run", two_sets, **changes))
+    assert "teacher.by_dataset names the data set 'show', which the data does not have; the nearest is 'shown'" in said
+
+
 @pytest.mark.parametrize("vocabulary", ["full", "sampled"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_teacher_that_is_the_student_teaches_nothing(
