@@ -134,7 +134,7 @@ def write_page(page: Path, base: Path, tiny: Path) -> None:
         return {name: there for name, there in asked.items() if there}
 
     both = {dtype: [findings(kept, tiny / TINY, Run(name, dtype)) for name in BACKENDS] for dtype in DTYPES}
-    twins = {dtype: each for dtype, each in both.items() if all(each)}
+    twins = {dtype: each for dtype, each in both.items() if all(each) and each[0]["weights"] == each[1]["weights"]}
     write_beside(
         page,
         document(of(entries(base, tiny), *VIEWS), of(ablations(tiny / "results"), "short"), twins).encode(),
