@@ -41,6 +41,12 @@ RoPE key that every layer needs has 32 (`iv3 convert --cache-ratio 8` says so). 
 128 left for its latent."""
 
 
+TAUGHT_BY = """\
+The teacher is the model of the same seed from before the long clips. The same answer is counted over the kinds of
+question that it teaches: about short clips, all but `when`.
+"""
+
+
 def document(
     table: Mapping[str, Sequence[Findings]],
     ablated: Mapping[str, Sequence[Findings]],
@@ -103,7 +109,7 @@ def _taught(table: Mapping[str, Sequence[Findings]]) -> str:
     *_, before, after = CHAIN
     if after not in table:
         return ""
-    lines = _head("", "mean, short clips", "same answer as the teacher", "mean, long clips")
+    lines = [TAUGHT_BY, *_head("", "mean, short clips", "same answer as the teacher", "mean, long clips")]
     for name in (TEACHER, before, after):
         same = [
             _same(*(_with_choices(each["views"]["short"]) for each in pair))

@@ -69,7 +69,7 @@ class DistillStage:
         )
 
     def step(self, trainer: Trainer, update: Update) -> dict[str, float]:
-        """Roll out, let the teacher score it, and call `update`; the divergence before that.
+        """Roll out, let the teachers score it, and call `update`; the divergence before that.
 
         Raises TrainingError, naming the rows, for a loss that is not a number.
         """

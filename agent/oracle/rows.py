@@ -46,18 +46,14 @@ def windows_of(script: Script, question: Question, workspace: Workspace, rng: np
     coarse = ground.windows((0.0, script.duration))
     for window in (each for each in coarse if not gone and overlap(each, key.span) >= SEEN):
         yield _window(what, window, ground.FPS, workspace, key)
-        for part in _parts(window):
+        for part in ground.parts_of(window):
             if overlap(part, key.span) >= SEEN or (rng.random() < PARTS_WITHOUT and not overlap(part, key.span)):
                 yield _window(what, part, ground.FINE_FPS, workspace, key)
     outside = [each for each in coarse if gone or not overlap(each, key.span)]
     for index in rng.permutation(len(outside))[:WINDOWS_WITHOUT].tolist():
         yield _window(what, outside[index], ground.FPS, workspace, None)
-        parts = _parts(outside[index])
+        parts = ground.parts_of(outside[index])
         yield _window(what, parts[int(rng.integers(len(parts)))], ground.FINE_FPS, workspace, None)
-
-
-def _parts(window: Span) -> list[Span]:
-    return ground.windows(window, ground.FINE_WINDOW, ground.FINE_OVERLAP)
 
 
 def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:

@@ -26,7 +26,7 @@ FINE_WINDOW, FINE_OVERLAP, FINE_FPS = 6.0, 3.0, 4.0
 """Of the windows into which a candidate is cut."""
 
 EDGE = 0.3
-"""Seconds from its window's edge from which on a match may go on behind it: a frame and a tenth."""
+"""Seconds from its window's edge from which on a match may go on behind it: more than the time between two frames."""
 
 PRESENT = 0.5
 ANSWER_TOKENS = 16
@@ -74,8 +74,7 @@ class Ground:
         coarse = [self._ask(description, window, FPS) for window in windows(span)]
         coarse.sort(key=lambda each: -each.probability)
         candidates = [each.window for each in coarse[:CANDIDATES] if each.probability >= PRESENT]
-        parts = [part for window in candidates for part in windows(window, FINE_WINDOW, FINE_OVERLAP)]
-        fine = [self._ask(description, part, FINE_FPS) for part in dict.fromkeys(parts)]
+        fine = [self._ask(description, part, FINE_FPS) for window in candidates for part in parts_of(window)]
         likeliest = max(fine or coarse, key=lambda each: each.probability)
         return together([each for each in fine if each.probability >= PRESENT]) or [likeliest]
 
@@ -91,7 +90,7 @@ class Ground:
         session = self._workspace.asked(clip, prompts.when(description), origin=window[0])
         (absent,) = session.log_likelihoods([prompts.NOT_THERE])
         probability = float(1.0 - np.exp(absent))
-        if fps == FPS or probability < PRESENT:
+        if fps == FPS or probability < PRESENT:  # of a coarse look only whether it is there counts
             return Found(window, probability, window)
         said = first_span("".join(session.answer(ANSWER_TOKENS)), (0.0, window[1] - window[0]))
         return Found((window[0] + said[0], window[0] + said[1]) if said else window, probability, window)
@@ -126,6 +125,11 @@ def windows(span: Span, most: float = WINDOW, shared: float = OVERLAP) -> list[S
     count = max(1, int(np.ceil((end - start - shared) / (most - shared))))
     length = (end - start + (count - 1) * shared) / count
     return [(start + i * (length - shared), min(start + i * (length - shared) + length, end)) for i in range(count)]
+
+
+def parts_of(window: Span) -> list[Span]:
+    """The windows of a closer look at one."""
+    return windows(window, FINE_WINDOW, FINE_OVERLAP)
 
 
 def _said(found: Found) -> str:

@@ -192,7 +192,7 @@ def test_ground_finds_an_event_of_three_seconds_in_ten_minutes(monkeypatch: pyte
     (found,) = tool.find("a red circle", (0.0, 600.0))
     assert found.span == (start, start + 3.0) and found.probability == pytest.approx(0.94)
     coarse = [each[:2] for each in knows.asked if each[2] == ground.FPS]
-    parts = windows(windows((0.0, 600.0))[0], ground.FINE_WINDOW, ground.FINE_OVERLAP)
+    parts = ground.parts_of(windows((0.0, 600.0))[0])
     assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES * len(parts)
     assert all(0 <= first < last <= 600 for first, last, _ in knows.asked)
     assert call(tool, {"description": "a red circle"}).text == f"Matches: {start:.1f} to {start + 3:.1f} (0.94)."
