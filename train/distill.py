@@ -142,6 +142,13 @@ def teacher_framing(teacher: Teacher, student: Framing) -> Framing:
     return replace(student, max_tokens=None, **seen)
 
 
+def check_teachers(teacher: Teacher, datasets: Mapping[str, range]) -> None:
+    """Raises an IvError for a data set or a teacher that is not there, before anything is loaded or written."""
+    check_names("teacher.by_dataset", teacher.by_dataset, datasets)
+    for name in filter(None, (teacher.model, *teacher.by_dataset.values())):
+        resolve(name)
+
+
 def load_guides(
     recipe: DistillRecipe,
     trainer: Trainer,
@@ -154,10 +161,9 @@ def load_guides(
     """By data set who scores the answers to its rows, each loaded once; `base`: what the student was loaded from, and
     its own teacher with its LoRA taken off.
 
-    Raises TrainingError for a teacher of another vocabulary, ConfigError for a data set that is not there.
+    Raises TrainingError for a teacher of another vocabulary.
     """
     teacher = recipe.teacher
-    check_names("teacher.by_dataset", teacher.by_dataset, datasets)
     named = {name: teacher.by_dataset.get(name, teacher.model) for name in datasets}
     loaded: dict[str, Guide] = {}
     for model in dict.fromkeys(named.values()):

@@ -29,12 +29,12 @@ from ivcore.prompt import build_inputs
 from ivcore.shards import write_checkpoint
 from ivcore.tokenizer import Tokenizer
 from train.clips import ClipCache
-from train.distill import DistillStage, load_guides, teacher_framing
+from train.distill import DistillStage, check_teachers, load_guides, teacher_framing
 from train.environment import MakeEnvironment, Setting, SingleTurn
 from train.evaluate import evaluate
 from train.order import RowStream, joined
 from train.processes import ALONE, Processes, agreed, join
-from train.recipe import CptRecipe, Recipe, ResolvedPhase, RlRecipe, SftRecipe
+from train.recipe import CptRecipe, DistillRecipe, Recipe, ResolvedPhase, RlRecipe, SftRecipe
 from train.recipe_file import to_toml
 from train.rl import PolicyStage, load_reference
 from train.rollouts import prompt_budget
@@ -115,6 +115,8 @@ def train(job: Job, *, resume: bool = False, on_progress: Progress | None = None
         trainer = make_trainer(model, recipe, processes)
         for phase in recipe.plan():  # a mix that a later phase misspells is better known now
             RowStream(rows, phase.batch, seed=0, shares=phase.data.mix, rank=processes.rank, world=processes.world)
+        if isinstance(recipe, DistillRecipe):
+            check_teachers(recipe.teacher, rows.datasets)
         if processes.rank == 0:
             if resume:
                 folder.check_same(text, about)

@@ -158,10 +158,18 @@ def test_every_data_set_has_its_own_teacher(runs: Any, two_sets: Path, backend: 
     assert metrics["kl"] == pytest.approx((ahead * shown).mean(), rel=1e-4)
 
 
-def test_a_teacher_of_a_data_set_that_is_not_there_is_refused(runs: Any, two_sets: Path, tmp_path: Path) -> None:
-    changes = SETTINGS | {"teacher": {"by_dataset": {"show": str(runs.MICRO)}}}
-    said = runs.refused(runs.job(tmp_path / "run", two_sets, **changes))
-    assert "teacher.by_dataset names the data set 'show', which the data does not have; the nearest is 'shown'" in said
+def test_a_teacher_that_is_not_there_or_of_a_data_set_that_is_not_is_refused_and_nothing_written(
+    runs: Any, two_sets: Path, tmp_path: Path
+) -> None:
+    said = {
+        name: runs.refused(
+            runs.job(tmp_path / "run", two_sets, **SETTINGS | {"teacher": {"by_dataset": {name: model}}})
+        )
+        for name, model in (("show", str(runs.MICRO)), ("shown", str(tmp_path / "nowhere")))
+    }
+    hint = "teacher.by_dataset names the data set 'show', which the data does not have; the nearest is 'shown'"
+    assert hint in said["show"] and "nowhere does not exist" in said["shown"]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("vocabulary", ["full", "sampled"])
