@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +13,16 @@ SYSTEM = (
     "so with found false."
 )
 
-NOT_THERE = "not in the video"
-WHEN = f"When is this to be seen: {{description}}? Answer with a span in seconds like 1.5 to 3.0, or: {NOT_THERE}."
-CLAIM = "Claim: {claim}\nDoes what is shown support the claim? Answer with one word: {words}."
+IS_VISIBLE = "Yes or no: is the {description} visible?"
+YES_NO = ("yes", "no")
+WHEN = "In seconds, like 1.5 to 3.0: when is the {description} visible?"
+CLAIM = "Does what is shown support this claim? Answer with one word: {words}.\nClaim: {claim}"
 VERDICTS = ("support", "contradict", "unclear")
 CAPTION = "Say in one sentence what is to be seen."
 SUMMARY = "Say in two sentences what happens, in order."
 SUMMARY_OF_PARTS = "These are notes on the parts of a video, in order. Say in three sentences what happens."
+
+_ARTICLE = re.compile(r"^(?:a|an|the)\s+", re.IGNORECASE)
 
 
 def opening(video: Path, duration: float, question: str) -> str:
@@ -26,9 +30,18 @@ def opening(video: Path, duration: float, question: str) -> str:
     return f"Video: {video.name}, {duration:.1f} seconds.\nQuestion: {question}"
 
 
+def is_visible(description: str) -> str:
+    """The question whether something is there at all, a noun with or without an article."""
+    return IS_VISIBLE.format(description=_noun(description))
+
+
 def when(description: str) -> str:
-    """The question for the span that a description matches."""
-    return WHEN.format(description=description.strip().rstrip("."))
+    """The question for the span in which it is."""
+    return WHEN.format(description=_noun(description))
+
+
+def _noun(description: str) -> str:
+    return _ARTICLE.sub("", description.strip().rstrip("."))
 
 
 def claim(text: str, words: Sequence[str] = VERDICTS) -> str:

@@ -48,6 +48,7 @@ class Oracle:
     rng: np.random.Generator
     context: Context = field(init=False)
     has_library: bool = field(init=False)
+    _thought: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self.has_library = self.rng.random() < HAVE_LIBRARY
@@ -114,10 +115,11 @@ class Oracle:
     def _answer_seen(self, asked: str, found: Figure, seen: str) -> None:
         """found: the key, its span as it was found."""
         claim, (start, end) = statement(asked, found), found.span
+        self._thought = claim  # said before the next call, whichever it is
         self._note(claim, found.span)
         if self.rng.random() < CHECKS:
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
-            self._act(claim, "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
+            self._act("", "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
         self._answer(span_text(found.span) if asked == "when" else self.question.answer, claim, seen)
 
     def _read(self) -> None:
@@ -141,6 +143,7 @@ class Oracle:
         self._say(thought, Answering.name, {"text": self.question.answer, "claims": [], "found": False})
 
     def _say(self, thought: str, name: str, arguments: dict[str, Any]) -> Call:
+        thought, self._thought = thought or self._thought, ""
         said = "\n".join(part for part in (thought, written(name, arguments)) if part)
         text, _ = parse(said)
         self.context.append(Reasoning(text=text, said=said))

@@ -23,6 +23,11 @@ def description(asked: str, name: Name) -> str:
     return f"{name.colour} figure" if asked == "shape" else str(name)
 
 
+def fits(description: str, name: Name) -> bool:
+    """Whether what is looked for may be this: a shape, a colour, or both."""
+    return all(word in (name.colour, name.shape, "figure") for word in description.split())
+
+
 def statement(asked: str, figure: Figure) -> str:
     """What is so about a figure, as a claim."""
     name = figure.name

@@ -1,7 +1,8 @@
 """The span that a description matches, found by asking the model window by window, coarse first and then fine.
 
 - Windows overlap by more than a short event lasts, so that one of them has all of it. What is compared between windows
-  is the probability that the model gives to the event being there at all, not the words of its answer.
+  is the probability that the model gives to the event being there at all; when it is there is only asked of a close
+  look that has seen it.
 - A window is shown as a clip of its own that begins at 0: where in a short clip something is, small models tell as well
   late in a film as at its beginning.
 """
@@ -20,16 +21,19 @@ from agent.spans import Span, first_span, overlap
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
 
-WINDOW, OVERLAP, FPS = 16.0, 4.0, 1.0
+FPS = 2.0
+"""What Qwen3-VL samples a video at, so a window is like the clips that a model has learned from."""
+
+WINDOW, OVERLAP = 16.0, 4.0
 CANDIDATES = 3
-FINE_WINDOW, FINE_OVERLAP, FINE_FPS = 6.0, 3.0, 4.0
+FINE_WINDOW, FINE_OVERLAP = 4.0, 2.0
 """Of the windows into which a candidate is cut."""
 
-EDGE = 0.3
+EDGE = 0.6
 """Seconds from its window's edge from which on a match may go on behind it: more than the time between two frames."""
 
 PRESENT = 0.5
-ANSWER_TOKENS = 16
+YES_TOKENS, ANSWER_TOKENS = 4, 16
 
 
 @dataclass(frozen=True)
@@ -71,27 +75,30 @@ class Ground:
 
     def find(self, description: str, span: Span) -> list[Found]:
         """The matches in a span, best first; where there is none, the likeliest place."""
-        coarse = [self._ask(description, window, FPS) for window in windows(span)]
+        coarse = [self._ask(description, window) for window in windows(span)]
         coarse.sort(key=lambda each: -each.probability)
         candidates = [each.window for each in coarse[:CANDIDATES] if each.probability >= PRESENT]
-        fine = [self._ask(description, part, FINE_FPS) for window in candidates for part in parts_of(window)]
+        fine = [self._ask(description, part, closely=True) for window in candidates for part in parts_of(window)]
         likeliest = max(fine or coarse, key=lambda each: each.probability)
         return together([each for each in fine if each.probability >= PRESENT]) or [likeliest]
 
-    def _ask(self, description: str, window: Span, fps: float) -> Found:
-        known = (self.name, description, window, fps)
+    def _ask(self, description: str, window: Span, *, closely: bool = False) -> Found:
+        known = (self.name, description, window, closely)
         if known not in self._workspace.memo:
-            self._workspace.memo[known] = self._look(description, window, fps)
+            self._workspace.memo[known] = self._look(description, window, closely)
         found: Found = self._workspace.memo[known]
         return found
 
-    def _look(self, description: str, window: Span, fps: float) -> Found:
-        clip = self._workspace.look(window, fps=fps, most=int(WINDOW * FINE_FPS))
-        session = self._workspace.asked(clip, prompts.when(description), origin=window[0])
-        (absent,) = session.log_likelihoods([prompts.NOT_THERE])
-        probability = float(1.0 - np.exp(absent))
-        if fps == FPS or probability < PRESENT:  # of a coarse look only whether it is there counts
+    def _look(self, description: str, window: Span, closely: bool) -> Found:
+        """closely: whether it matters where in the window it is, and not only whether it is there."""
+        clip = self._workspace.look(window, fps=FPS, most=int(WINDOW * FPS))
+        session = self._workspace.asked(clip, prompts.is_visible(description), origin=window[0])
+        yes, no = session.log_likelihoods(prompts.YES_NO)
+        probability = float(1 / (1 + np.exp(no - yes)))
+        if not closely or probability < PRESENT:
             return Found(window, probability, window)
+        "".join(session.answer(YES_TOKENS))
+        session.read([{"role": "user", "content": prompts.when(description)}])
         said = first_span("".join(session.answer(ANSWER_TOKENS)), (0.0, window[1] - window[0]))
         return Found((window[0] + said[0], window[0] + said[1]) if said else window, probability, window)
 

@@ -168,20 +168,20 @@ class Knows:
     """What a model would find that knows where an event is: sure of windows that hold half a second of it."""
 
     def __init__(self, event: Span | None) -> None:
-        self.event, self.asked = event, [(0.0, 0.0, 0.0)][:0]
+        self.event, self.asked = event, [(0.0, 0.0, True)][:0]
 
-    def __call__(self, description: str, window: Span, fps: float) -> Found:
-        self.asked.append((*window, fps))
+    def __call__(self, description: str, window: Span, *, closely: bool = False) -> Found:
+        self.asked.append((*window, closely))
         if self.event is None or overlap(window, self.event) < 0.5:
             return Found(window, 0.1, window)
         seen = max(window[0], self.event[0]), min(window[1], self.event[1])
         share = (seen[1] - seen[0]) / (self.event[1] - self.event[0])
-        return Found(window if fps == ground.FPS else seen, 0.5 + 0.44 * share, window)
+        return Found(seen if closely else window, 0.5 + 0.44 * share, window)
 
 
 def grounding(monkeypatch: pytest.MonkeyPatch, knows: Any) -> Ground:
     monkeypatch.setattr(Workspace, "duration", 600.0)
-    monkeypatch.setattr(Ground, "_ask", lambda self, *asked: knows(*asked))
+    monkeypatch.setattr(Ground, "_ask", lambda self, *asked, **how: knows(*asked, **how))
     return Ground(about(Path("film.mp4")))
 
 
@@ -191,7 +191,7 @@ def test_ground_finds_an_event_of_three_seconds_in_ten_minutes(monkeypatch: pyte
     tool = grounding(monkeypatch, knows)
     (found,) = tool.find("a red circle", (0.0, 600.0))
     assert found.span == (start, start + 3.0) and found.probability == pytest.approx(0.94)
-    coarse = [each[:2] for each in knows.asked if each[2] == ground.FPS]
+    coarse = [each[:2] for each in knows.asked if not each[2]]
     parts = ground.parts_of(windows((0.0, 600.0))[0])
     assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES * len(parts)
     assert all(0 <= first < last <= 600 for first, last, _ in knows.asked)
@@ -215,21 +215,21 @@ def test_ground_looks_in_the_named_span_only_and_says_when_nothing_is_there(monk
 
 
 def test_what_a_closer_look_does_not_see_is_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(description: str, window: Span, fps: float) -> Found:
-        return Found(window, 0.8 if fps == ground.FPS else 0.3 - window[0] / 1000, window)
+    def ask(description: str, window: Span, *, closely: bool = False) -> Found:
+        return Found(window, 0.3 - window[0] / 1000 if closely else 0.8, window)
 
     shown = call(grounding(monkeypatch, ask), {"description": "a red circle", "start": 0.0, "end": 12.0})
-    assert shown.text == "Nothing from 0.0 to 12.0 matches. The likeliest place is 0.0 to 6.0 (0.30)."
+    assert shown.text == "Nothing from 0.0 to 12.0 matches. The likeliest place is 0.0 to 4.0 (0.30)."
 
 
 def test_of_whole_matches_that_overlap_the_likelier_stays_and_parts_of_it_are_no_other_match() -> None:
     first, second, cut = (8.0, 14.0), (11.0, 17.0), (12.0, 18.0)
-    found = [Found((10.0, 13.0), 0.7, first), Found((11.5, 14.0), 0.9, second), Found((12.0, 12.6), 0.99, cut)]
+    found = [Found((10.0, 13.0), 0.7, first), Found((11.7, 14.0), 0.9, second), Found((12.0, 12.6), 0.99, cut)]
     other = Found((30.0, 31.0), 0.95, (28.0, 34.0))
     assert together([*found, other]) == [other, found[1]]
 
 
-@given(st.floats(0, 5_000), st.floats(0.1, 5_000), st.sampled_from([(16.0, 4.0), (6.0, 3.0)]))
+@given(st.floats(0, 5_000), st.floats(0.1, 5_000), st.sampled_from([(16.0, 4.0), (4.0, 2.0)]))
 def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(
     start: float, length: float, how: tuple[float, float]
 ) -> None:
@@ -295,27 +295,40 @@ def test_of_several_spans_one_that_decides_is_enough(clip: Path, monkeypatch: py
     assert Verify(about(clip)).check("It is so.", []).verdict == "unclear"
 
 
-def test_ground_reads_a_span_and_a_probability_out_of_the_model_in_seconds_of_the_window(
-    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_ground_asks_whether_it_is_there_and_of_a_close_look_when_in_seconds_of_the_window(
+    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
-    shown: list[str] = []
+    shown: list[Any] = []
     read = Session.read
 
     def spy(self: Session, messages: Sequence[Any]) -> int:
-        tokens = read(self, messages)
-        shown.append(str(messages[-1]["content"][0]["origin"]))
-        return tokens
+        shown.extend(part["origin"] for part in messages[-1]["content"] if isinstance(part, dict) and "origin" in part)
+        return read(self, messages)
+
+    chances = iter([0.75, 0.75, 0.75, 0.4])
+
+    def scores(self: Session, answers: Sequence[str]) -> np.ndarray:
+        assert tuple(answers) == ("yes", "no")
+        yes = next(chances)
+        return np.log([yes, 1 - yes]) - 40
 
     monkeypatch.setattr(Session, "read", spy)
-    monkeypatch.setattr(Session, "log_likelihoods", lambda self, answers: np.log([0.25]))
-    scripted: Any = Scripted(model, tokenizer, ["It is there from 1.0 to 99 seconds.", "nowhere"])
+    monkeypatch.setattr(Session, "log_likelihoods", scores)
+    scripted: Any = Scripted(model, tokenizer, ["yes", "It is there from 1.0 to 99 seconds.", "yes", "nowhere"])
     tool = Ground(Workspace(clip, scripted, tokenizer))
-    fine, window = ground.FINE_FPS, (1.5, 3.5)
-    assert tool._ask("a circle", window, fine) == Found((2.5, 3.5), 0.75, window)
-    assert tool._ask("a square", window, fine) == Found(window, 0.75, window)
-    assert tool._ask("a circle", window, fine) == Found((2.5, 3.5), 0.75, window)  # known: nobody is asked again
-    assert tool._ask("a circle", window, ground.FPS) == Found(window, 0.75, window)  # only whether it is there
-    assert shown == ["1.5"] * 3
+    window, sure = (1.5, 3.5), pytest.approx(0.75)
+    for _ in range(2):  # what is known is not asked again
+        assert tool._ask("a circle", window, closely=True) == Found((2.5, 3.5), sure, window)
+        assert asked == [
+            "Yes or no: is the circle visible?",
+            "In seconds, like 1.5 to 3.0: when is the circle visible?",
+        ]
+    assert tool._ask("a square", window, closely=True) == Found(window, sure, window)
+    asked.clear()
+    assert tool._ask("a circle", window) == Found(window, sure, window)
+    assert tool._ask("a cross", window, closely=True) == Found(window, pytest.approx(0.4), window)
+    assert asked == ["Yes or no: is the circle visible?", "Yes or no: is the cross visible?"]
+    assert shown == [1.5] * 4
 
 
 def test_summaries_of_parts_are_merged_eight_at_a_time(

@@ -139,10 +139,10 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
         "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0",
-        "distill-0-merged", "iv3-tiny", "sft-act-0", "rl-act-0",
+        "distill-0-merged", "iv3-tiny", "sft-looks-0", "sft-act-0", "rl-act-0",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
-    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-2]
+    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-3]
     in_this_process.clear()
     small()
     assert in_this_process == []

@@ -11,7 +11,7 @@ OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/distill-<seed>-merged/    the adapter of a stage that trains one, in its model's weights
 OUT/iv3-tiny/                 the first seed's, in 8 bits beside float16
-OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
+OUT/sft-looks-0/, OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
@@ -56,7 +56,7 @@ TEACHER, TAUGHT = "sft-short", "short-choices"
 LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
 
-ACTING = ("sft-act", "rl-act")
+ACTING = ("sft-looks", "sft-act", "rl-act")
 """Those behind the chain, which only the first seed's model goes through; what ships has not."""
 
 DTYPES: Mapping[str, str] = {"rl": "float32", "rl-act": "float32"}
@@ -84,6 +84,9 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 }
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
+ACT_SETS = ("runs", "windows", "claims", "spans", "short-talks", "long-talks", "texts", "echoes")
+"""Of both stages that learn from the oracle; their recipes say how often."""
+
 SETS: Mapping[str, tuple[str, ...]] = {
     "sft-short": (
         "short", "short-talks", "short-descriptions", "base-talks", "stills-talks", "moves", "moves-talks",
@@ -95,7 +98,8 @@ SETS: Mapping[str, tuple[str, ...]] = {
     ),
     "rl": ("spans", "short", "long"),
     "distill": (TAUGHT, "spans", "long"),
-    "sft-act": ("echoes", "runs", "windows", "claims", "short-talks", "long-talks", "pairs-talks", "texts"),
+    "sft-looks": ACT_SETS,
+    "sft-act": ACT_SETS,
     "rl-act": ("questions",),
 }  # fmt: skip
 """What each stage's rows are from."""
@@ -138,7 +142,8 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
     with log.open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for name, line in was_done.items() if name not in done)
     for step in steps(base, out, overrides):
-        restore(step.name, step.made / "model" if step.arguments[0] == "train" else step.made)
+        if step.name in was_done:
+            restore(step.name, step.made / "model" if step.arguments[0] == "train" else step.made)
         if not step.name.startswith(only) or step.name in was_done or (step.name in done and step.made.exists()):
             continue
         if step.name.startswith(ACTING) and not (out / f"data/acts/{ACTS[-1]}.jsonl").exists():
