@@ -37,7 +37,7 @@ WINDOWS_WITHOUT = 2
 PARTS = 0.3
 """Share of the parts of these that are asked about."""
 
-MOST_LOOKED_FOR, MOST_CLAIMS = 8, 4
+MOST_LOOKED_FOR, MOST_CLAIMS = 8, 8
 """Of a row."""
 
 ASKED = ("colour", "shape", "direction")
@@ -126,7 +126,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, asked: Sequence[str], rn
         kind, name = asked[int(rng.integers(len(asked)))], NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
             unclear.append((statement(kind, replace(script.figures[0], name=name)), "unclear"))
-    return _mixed(rng, *(_drawn(rng, each, 2) for each in (right, wrong, unclear)))
+    return _mixed(rng, *(_drawn(rng, each, 3) for each in (right, wrong, unclear)))
 
 
 def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Turn]:
@@ -135,7 +135,7 @@ def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Turn
     right = [(told(each), "support") for each in read]
     wrong = [(false_told(each, rng), "contradict") for each in read]
     unclear = [(told(each), "unclear") for each in unread]
-    return _mixed(rng, *(_drawn(rng, each, 2) for each in (right, wrong, unclear)))
+    return _mixed(rng, *(_drawn(rng, each, 3) for each in (right, wrong, unclear)))
 
 
 def _alike(one: Line, other: Line) -> bool:

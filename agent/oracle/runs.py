@@ -21,6 +21,7 @@ from agent.context import Context
 from agent.entries import Call, Feedback, Instruction, Observation, Reasoning
 from agent.oracle.wording import absent, asked_of, description, statement, told
 from agent.spans import Span
+from agent.tools import ground
 from agent.tools.look import Look, Overview
 from agent.tools.memory import NOTED
 from agent.tools.tool import Shown, call
@@ -33,9 +34,10 @@ from train.toyworld.script import Figure, Script
 SLIP = 0.2
 """Seconds by which an edge of a match is off, at most."""
 
-WRONG_FIRST, WRONG_IN_VAIN, GLANCES, CHECKS, HAVE_LIBRARY, NOTES = 0.2, 0.25, 0.3, 0.3, 0.5, 0.5
-"""Shares of runs in which the first match is another figure; in which there is a match where there should be none; that
-begin with an overview; that verify before they answer; that have a library; and of these, that note what they found."""
+WRONG, RIGHT_FIRST, GLANCES, CHECKS, HAVE_LIBRARY, NOTES = 0.5, 0.6, 0.1, 0.15, 0.5, 0.3
+"""Shares of runs in which other figures are among the matches; of those with the key, in which it goes before them;
+that begin with an overview; that verify before they answer; that have a library; and of these, that note what they
+found."""
 
 
 @dataclass
@@ -79,16 +81,16 @@ class Oracle:
         self._answer_nothing()
 
     def _matches(self, key: Figure) -> list[tuple[Span, float]]:
-        """What `ground` finds: spans and how sure it is."""
+        """What `ground` finds, best first: spans and how sure it is."""
         others = [figure for figure in self.script.figures if figure.name != key.name]
-        other = others[int(self.rng.integers(len(others)))]
-        wrong = (self._near(other.span), float(self.rng.uniform(0.5, 0.8)))
-        if absent(self.question):
-            return [wrong] if self.rng.random() < WRONG_IN_VAIN else []
-        right = (self._near(key.span), float(self.rng.uniform(0.6, 1.0)))
-        if self.rng.random() >= WRONG_FIRST:
-            return [right]
-        return [(wrong[0], max(wrong[1], right[1])), (right[0], min(wrong[1], right[1]))]
+        most = ground.CANDIDATES - (not absent(self.question))
+        wrong = int(self.rng.integers(1, most + 1)) if self.rng.random() < WRONG else 0
+        drawn = self.rng.permutation(len(others))[:wrong].tolist()
+        spans = [self._near(others[index].span) for index in drawn]
+        if not absent(self.question):
+            place = 0 if self.rng.random() < RIGHT_FIRST else len(spans)
+            spans.insert(place, self._near(key.span))
+        return list(zip(spans, sorted(self.rng.uniform(ground.PRESENT, 1.0, len(spans)).tolist())[::-1], strict=True))
 
     def _in_vain(self) -> str:
         start = float(self.rng.uniform(0, self.script.duration - 4))
@@ -100,7 +102,7 @@ class Oracle:
         return max(start, 0.0), min(max(end, round(start + 0.5, 1)), self.script.duration)
 
     def _look(self, span: Span, *, first: bool) -> str:
-        thought = f"It may be there from {span_text(span)}." if first else "That is not it. The next one."
+        thought = f"{'' if first else 'That is not it. '}It may be there from {span_text(span)}."
         given = {"start": span[0], "end": span[1]}  # as `ground` says it: to copy is easier than to reckon
         self._act(thought, "look", given, lambda arguments: call(Look(self.workspace), arguments))
         return self._last_seen()

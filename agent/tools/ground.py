@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,13 +74,13 @@ class Ground:
         return Shown("Matches: " + ", ".join(map(_said, found)) + ".")
 
     def find(self, description: str, span: Span) -> list[Found]:
-        """The matches in a span, best first; where there is none, the likeliest place."""
+        """The matches in a span, the best CANDIDATES of them, best first; where there is none, the likeliest place."""
         coarse = [self._ask(description, window) for window in windows(span)]
         coarse.sort(key=lambda each: -each.probability)
         candidates = [each.window for each in coarse[:CANDIDATES] if each.probability >= PRESENT]
         fine = [self._ask(description, part, closely=True) for window in candidates for part in parts_of(window)]
         likeliest = max(fine or coarse, key=lambda each: each.probability)
-        return together([each for each in fine if each.probability >= PRESENT]) or [likeliest]
+        return together([each for each in fine if each.probability >= PRESENT])[:CANDIDATES] or [likeliest]
 
     def _ask(self, description: str, window: Span, *, closely: bool = False) -> Found:
         known = (self.name, description, window, closely)
@@ -93,7 +93,7 @@ class Ground:
         """closely: whether it matters where in the window it is, and not only whether it is there."""
         clip = self._workspace.look(window, fps=FPS, most=int(WINDOW * FPS))
         session = self._workspace.asked(clip, prompts.is_visible(description), origin=window[0])
-        yes, no = session.log_likelihoods(prompts.YES_NO)
+        yes, no = session.log_likelihoods(prompts.YES_NO, whole=False)
         probability = float(1 / (1 + np.exp(no - yes)))
         if not closely or probability < PRESENT:
             return Found(window, probability, window)
@@ -106,24 +106,38 @@ class Ground:
 def together(found: Sequence[Found]) -> list[Found]:
     """What windows that overlap have found, each match once, best first.
 
-    Of whole ones that overlap the likelier stays; those that an edge cuts are parts of one that goes on in the next.
+    Of whole ones that overlap the likelier stays. Those that an edge cuts are parts of one that goes on in the next
+    window; where windows that overlap have seen parts that do not touch, one was misread, and the likelier stays.
     """
     whole: list[Found] = []
     for each in sorted((each for each in found if each.is_whole), key=lambda each: -each.probability):
         if not any(overlap(each.span, other.span) for other in whole):
             whole.append(each)
-    parts: list[Found] = []
-    for each in sorted((each for each in found if not each.is_whole), key=lambda each: each.span):
-        if any(overlap(each.span, other.span) for other in whole):
-            continue
-        if parts and each.span[0] <= parts[-1].span[1]:
-            last = parts.pop()
-            ends = [
-                (one[0], max(one[1], other[1])) for one, other in ((last.span, each.span), (last.window, each.window))
-            ]
-            each = Found(ends[0], max(last.probability, each.probability), ends[1])
-        parts.append(each)
+    cut = [each for each in found if not each.is_whole and not any(overlap(each.span, one.span) for one in whole)]
+    joined = [_hull(group) for group in _groups(cut, lambda each: each.span)]
+    parts = [max(group, key=lambda each: each.probability) for group in _groups(joined, lambda each: each.window)]
     return sorted([*whole, *parts], key=lambda each: -each.probability)
+
+
+def _hull(found: Sequence[Found]) -> Found:
+    """From the first second to the last, as likely as the likeliest."""
+    spans = (min(each.span[0] for each in found), max(each.span[1] for each in found))
+    seen = (min(each.window[0] for each in found), max(each.window[1] for each in found))
+    return Found(spans, max(each.probability for each in found), seen)
+
+
+def _groups(found: Sequence[Found], what: Callable[[Found], Span]) -> list[list[Found]]:
+    """Those whose spans or windows touch, one after the other."""
+    groups: list[list[Found]] = []
+    latest = 0.0
+    for each in sorted(found, key=what):
+        if groups and what(each)[0] <= latest:
+            groups[-1].append(each)
+            latest = max(latest, what(each)[1])
+        else:
+            groups.append([each])
+            latest = what(each)[1]
+    return groups
 
 
 def windows(span: Span, most: float = WINDOW, shared: float = OVERLAP) -> list[Span]:

@@ -22,7 +22,7 @@ from agent.oracle.runs import Oracle
 from agent.oracle.wording import absent, moved
 from agent.spans import overlap
 from agent.tools.box import NAMES, tools
-from agent.tools.ground import FINE_WINDOW, Ground
+from agent.tools.ground import CANDIDATES, FINE_WINDOW, Ground
 from agent.tools.tool import checked, schema
 from agent.tools.verify import Verify
 from agent.workspace import Workspace, question_parts
@@ -135,7 +135,7 @@ def test_a_run_makes_mistakes_and_gets_over_them(films: list[Made]) -> None:
         first = spans[0]
         if not (first["start"] < key.span[1] and key.span[0] < first["end"]):
             again += 1
-            assert len(spans) == 2
+            assert 2 <= len(spans) <= CANDIDATES
         assert isinstance(last_look.arguments, dict)
         assert temporal_iou((last_look.arguments["start"], last_look.arguments["end"]), key.span) > 0.5
     assert 2 <= again <= 20
@@ -215,7 +215,7 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
     asked: list[list[dict[str, Any]]] = []
 
     class Undecided:
-        def log_likelihoods(self, answers: Sequence[str]) -> np.ndarray:
+        def log_likelihoods(self, answers: Sequence[str], *, whole: bool = True) -> np.ndarray:
             return np.log(np.full(len(answers), 0.4))
 
         def answer(self, most: int) -> Iterator[str]:

@@ -229,6 +229,15 @@ def test_of_whole_matches_that_overlap_the_likelier_stays_and_parts_of_it_are_no
     assert together([*found, other]) == [other, found[1]]
 
 
+def test_of_parts_in_windows_that_overlap_and_do_not_touch_the_likelier_stays() -> None:
+    misread, seen, goes_on = (
+        Found((13.7, 15.4), 0.8, (13.7, 17.6)), Found((16.7, 19.6), 0.9, (15.7, 19.6)),
+        Found((17.6, 19.8), 0.7, (17.6, 21.5)),
+    )  # fmt: skip
+    far = Found((40.0, 42.0), 0.6, (40.0, 44.0))
+    assert together([far, goes_on, misread, seen]) == [Found((16.7, 19.8), 0.9, (15.7, 21.5)), far]
+
+
 @given(st.floats(0, 5_000), st.floats(0.1, 5_000), st.sampled_from([(16.0, 4.0), (4.0, 2.0)]))
 def test_windows_cover_a_span_and_overlap_by_more_than_a_short_event(
     start: float, length: float, how: tuple[float, float]
@@ -307,7 +316,7 @@ def test_ground_asks_whether_it_is_there_and_of_a_close_look_when_in_seconds_of_
 
     chances = iter([0.75, 0.75, 0.75, 0.4])
 
-    def scores(self: Session, answers: Sequence[str]) -> np.ndarray:
+    def scores(self: Session, answers: Sequence[str], *, whole: bool) -> np.ndarray:
         assert tuple(answers) == ("yes", "no")
         yes = next(chances)
         return np.log([yes, 1 - yes]) - 40

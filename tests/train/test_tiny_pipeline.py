@@ -207,6 +207,24 @@ def test_a_model_that_is_kept_is_not_made_again_and_what_follows_begins_with_it(
     assert (out / "steps.jsonl").read_text().splitlines() == lines
 
 
+def test_a_kept_model_whose_line_was_taken_out_is_made_anew(
+    small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    write_start(kept / "norm-2", seed=5)
+    (kept / "steps.jsonl").write_text("")
+    found = []
+
+    def stop(command: list[str], check: bool) -> Any:
+        found.append((option(tuple(command), "--attention"), (out / "norm-2").exists()))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", stop)
+    with pytest.raises(TrainingError, match="norm-2 ended"):
+        small()
+    assert found == [("m2la", False)]
+
+
 @pytest.mark.parametrize("command", [pipeline.main, base_rows.main])
 @pytest.mark.parametrize("number", ["0", "-1", "two", "1.5"])
 def test_a_number_of_processes_that_is_none_ends_with_one_sentence(
