@@ -120,7 +120,10 @@ def test_the_budget_of_a_question_is_its_own(make: MakeLoop, monkeypatch: pytest
     assert sum(each.prefilled for each in loop.context.of(Result)) == end.cost.prefilled
 
 
-def test_a_tool_that_looks_many_times_stops_where_the_budget_ends(make: MakeLoop) -> None:
+def test_a_tool_that_looks_many_times_stops_where_the_budget_ends(
+    make: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.tools.ground.windows", lambda span: [(span[0], span[1] - part) for part in range(3)])
     search = written("ground", {"description": "a circle"})
     whole = run(make(search, LOOK, answer("blue", "o1"), tools=["ground", "look"], verdicts=["support"]))
     used = next(each.cost.frames for each in whole if isinstance(each, Feedback))
