@@ -72,7 +72,7 @@ def contradiction(claims: list[Claim], verdicts: list[Judgement], call: str) -> 
     against = [claim for claim, verdict in zip(claims, verdicts, strict=True) if verdict.verdict == "contradict"]
     if not against:
         return None
-    said = "; ".join(f"{claim.id} ({', '.join(claim.evidence)}): {claim.text}" for claim in against)
+    said = "; ".join(f"{claim.id} ({', '.join(claim.evidence)}): {claim.text.rstrip('.')}" for claim in against)
     return Feedback(call=call, text=f"A fresh look contradicts {said}. Look again, or answer otherwise.")
 
 

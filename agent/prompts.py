@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 SYSTEM = (
@@ -16,8 +15,8 @@ SYSTEM = (
 IS_VISIBLE = "Yes or no: is the {description} visible?"
 YES_NO = ("yes", "no")
 WHEN = "In seconds, like 1.5 to 3.0: when is the {description} visible?"
-CLAIM = "Does what is shown support this claim? Answer with one word: {words}.\nClaim: {claim}"
 VERDICTS = ("support", "contradict", "unclear")
+CLAIM = "Support, contradict or unclear? Claim: {claim}"
 CAPTION = "Say in one sentence what is to be seen."
 SUMMARY = "Say in two sentences what happens, in order."
 SUMMARY_OF_PARTS = "These are notes on the parts of a video, in order. Say in three sentences what happens."
@@ -44,6 +43,6 @@ def _noun(description: str) -> str:
     return _ARTICLE.sub("", description.strip().rstrip("."))
 
 
-def claim(text: str, words: Sequence[str] = VERDICTS) -> str:
-    """The question whether frames and lines support a claim."""
-    return CLAIM.format(claim=text.strip(), words=", ".join(words))
+def claim(text: str) -> str:
+    """The question whether frames and lines support a claim; its answer is one of VERDICTS."""
+    return CLAIM.format(claim=text.strip())

@@ -81,9 +81,9 @@ class Row:
 def parse_row(raw: Mapping[str, Any], folder: Path, stage: Stage, dataset: str = "") -> Row:
     """A row from the object of its line; paths of media are relative to `folder`.
 
-    The object has `messages`, and may have `tools` (functions with their JSON schemas), `choices` with `answer` (the
-    right one's index or letter, or its text), `span` ([start, end] in seconds), `duration` (of the clip, in seconds)
-    and `kind`.
+    The object has `messages` (one of the assistant's with `weight` 0 is read and not learned), and may have `tools`
+    (functions with their JSON schemas), `choices` with `answer` (the right one's index or letter, or its text), `span`
+    ([start, end] in seconds), `duration` (of the clip, in seconds) and `kind`.
 
     Raises RowError for a row that the stage cannot use: cpt and sft need an assistant's message, rl something to
     verify. Clips must exist; they are not opened (see `Row.check_media`).
@@ -126,6 +126,9 @@ def _check_roles(messages: Sequence[Any]) -> None:
         role = message.get("role") if isinstance(message, Mapping) else None
         if isinstance(message, Mapping) and role not in ROLES:
             raise RowError("unknown role", f"messages[{index}].role is {role!r}; use one of {', '.join(ROLES)}")
+        weight = message.get("weight", 1) if isinstance(message, Mapping) else 1
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise RowError("malformed messages", f"messages[{index}].weight is {weight!r}; it must be 0 or 1")
 
 
 def _check_use(row: Row, stage: Stage, answer: Any) -> None:

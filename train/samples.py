@@ -105,12 +105,15 @@ class SampleBuilder:
     def trained_places(
         self, messages: Sequence[Mapping[str, Any]], inputs: ModelInputs, tools: Tools = None
     ) -> np.ndarray:
-        """bool (S,): the tokens that the assistant wrote, with what closes each turn. PromptError as `sample`."""
+        """bool (S,): the tokens that the assistant wrote, with what closes each turn, but for messages of weight 0.
+
+        PromptError as `sample`.
+        """
         clean, _ = read_messages(messages)
         whole = self._render(clean, tools, header=False)
         places = np.zeros(len(inputs.token_ids), bool)
         for index, message in enumerate(clean):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             where = f"messages[{index}]"
             start = self._prefix(whole, clean[:index], tools, header=True, where=where)

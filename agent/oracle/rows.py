@@ -10,15 +10,15 @@ And a film's question by itself, which a run is to answer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
 
 from agent import prompts
-from agent.oracle.wording import absent, description, false_statement, false_told, fits, statement, told
+from agent.oracle.wording import absent, description, false_told, fits, misread, moved, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
@@ -26,7 +26,7 @@ from agent.workspace import Workspace, question_parts
 from ivcore.video import Clip
 from train.toyworld.questions import Question
 from train.toyworld.score import span_text
-from train.toyworld.script import Line, Script
+from train.toyworld.script import Line, Script, pick
 from train.toyworld.talks import shows_direction
 from train.toyworld.turns import messages_of
 from train.toyworld.words import NAMES
@@ -39,6 +39,15 @@ PARTS = 0.3
 
 MOST_LOOKED_FOR, MOST_CLAIMS = 8, 8
 """Of a row."""
+
+LOOKS, READS = 5, 1
+"""Looks at figures and at lines of a film, beside its question's, about which there are claims."""
+
+NAMED = 0.7
+"""Share of the figures of whose colour or shape there is a claim."""
+
+MATCHES = 0.4, 0.6
+"""IoU up to which a span is not that of a figure, and from which it is."""
 
 ASKED = ("colour", "shape", "direction")
 """Kinds of question, each of which names what it is about in another way."""
@@ -66,18 +75,21 @@ def windows_of(script: Script, question: Question, workspace: Workspace, rng: np
 
 def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
     """Rows of `verify`: claims that hold, that do not, and about what is not to be seen or read there."""
-    spans = [script.figures[int(rng.integers(len(script.figures)))].span]
+    looked = [each.span for each in _drawn(rng, script.figures, LOOKS)]
+    read = [each.span for each in _drawn(rng, script.lines, READS)]
     if question.span is not None:
-        spans.append(question.span)
-    if question.read:
-        spans += [script.lines[int(rng.integers(len(script.lines)))].span]
-    for span in spans:
-        near = max(span[0] - verify.MARGIN, 0.0), min(span[1] + verify.MARGIN, workspace.duration)
-        clip, quoted = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES), lines_in(workspace, near)
-        asked = [*ASKED, "when"] if question.kind == "when" else list(ASKED)
-        claims = _of_lines(script, near, rng) if question.read else _of_figures(script, near, clip, asked, rng)
-        if turns := [(prompts.claim(claim), verdict) for claim, verdict in claims]:
-            yield _row("claim", workspace, clip, turns, quoted)
+        (read if question.read else looked).append(question.span)
+    for span in looked:
+        other = moved(span, rng)
+        said = other if rng.random() < 0.5 and other[1] <= workspace.duration else span
+        near = _near(said, workspace)
+        clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
+        claims = [*_of_spans(script, said, near, clip, rng), *_of_figures(script, near, clip, rng)]
+        yield from _claims(claims, near, clip, workspace)
+    for span in read:
+        near = _near(span, workspace)
+        clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
+        yield from _claims(_of_lines(script, near, rng), near, clip, workspace)
 
 
 def question_of(script: Script, question: Question, workspace: Workspace) -> Row:
@@ -112,30 +124,66 @@ def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np
             yield prompts.when(what), span_text((max(start - window[0], 0.0), min(end, window[1]) - window[0]))
 
 
-def _of_figures(script: Script, near: Span, clip: Clip, asked: Sequence[str], rng: np.random.Generator) -> list[Turn]:
+def _near(span: Span, workspace: Workspace) -> Span:
+    """What `verify` looks at for a span."""
+    return max(span[0] - verify.MARGIN, 0.0), min(span[1] + verify.MARGIN, workspace.duration)
+
+
+def _claims(claims: Sequence[Turn], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
+    turns = [(prompts.claim(claim), verdict) for claim, verdict in claims[:MOST_CLAIMS]]
+    if turns:
+        yield _row("claim", workspace, clip, turns, lines_in(workspace, near))
+
+
+def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random.Generator) -> list[Turn]:
+    """Of a figure that is there, whether it is so in just these seconds; nothing where that is a matter of taste."""
+    names = Counter(each.name for each in script.figures if overlap(each.span, near))
+    seen = [each for each in script.figures if any(map(each.visible, clip.timestamps)) and names[each.name] == 1]
+    claims = []
+    for figure in seen:
+        both = max(said[1], figure.span[1]) - min(said[0], figure.span[0])
+        shared = overlap(said, figure.span) / both
+        if not MATCHES[0] < shared < MATCHES[1]:
+            verdict = "support" if shared >= MATCHES[1] else "contradict"
+            claims.append((statement("when", replace(figure, span=said)), verdict))
+    return _drawn(rng, claims, 1)
+
+
+def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator) -> list[Turn]:
+    """Of each figure its colour or its shape, then where it moves: the other way round, the first tells the second."""
     seen = [each for each in script.figures if overlap(each.span, near)]
-    right, wrong = [], []
-    for figure in (each for each in seen if sum(map(each.visible, clip.timestamps)) > 1):
-        for kind in asked:
+    claims = []
+    for figure in _drawn(rng, [each for each in seen if sum(map(each.visible, clip.timestamps)) > 1], MOST_CLAIMS):
+        for kind in [*([pick(rng, ASKED[:2])] if rng.random() < NAMED else []), ASKED[2]]:
             alone = sum(fits(description(kind, figure.name), each.name) for each in seen) == 1
             if alone and (kind != "direction" or shows_direction(figure)):
-                right.append((statement(kind, figure), "support"))
-                wrong.append((false_statement(kind, figure, rng), "contradict"))
-    unclear = []
-    for index in rng.permutation(len(NAMES))[:MOST_CLAIMS].tolist():
-        kind, name = asked[int(rng.integers(len(asked)))], NAMES[index]
+                wrong = statement(kind, misread(kind, figure, rng))
+                claims.append(_right_or_wrong(rng, statement(kind, figure), wrong))
+    gone = []
+    for index in rng.permutation(len(NAMES)).tolist():
+        kind, name = pick(rng, ASKED), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
-            unclear.append((statement(kind, replace(script.figures[0], name=name)), "unclear"))
-    return _mixed(rng, *(_drawn(rng, each, 3) for each in (right, wrong, unclear)))
+            gone.append((statement(kind, replace(script.figures[0], name=name)), "unclear"))
+    return _among(rng, claims, gone)
 
 
 def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Turn]:
     read = [each for each in script.lines if overlap(each.span, near)]
     unread = [each for each in script.lines if not any(_alike(each, other) for other in read)]
-    right = [(told(each), "support") for each in read]
-    wrong = [(false_told(each, rng), "contradict") for each in read]
-    unclear = [(told(each), "unclear") for each in unread]
-    return _mixed(rng, *(_drawn(rng, each, 3) for each in (right, wrong, unclear)))
+    claims = [_right_or_wrong(rng, told(each), false_told(each, rng)) for each in read]
+    return _among(rng, claims, [(told(each), "unclear") for each in _drawn(rng, unread, len(unread))])
+
+
+def _right_or_wrong(rng: np.random.Generator, right: str, wrong: str) -> Turn:
+    return (right, "support") if rng.random() < 0.5 else (wrong, "contradict")
+
+
+def _among(rng: np.random.Generator, claims: Sequence[Turn], unclear: Sequence[Turn]) -> list[Turn]:
+    """The claims in their order, and half as many unclear ones, or one, at places of chance among them."""
+    made = list(claims)
+    for each in unclear[: max(1, (len(claims) + 1) // 2)]:
+        made.insert(int(rng.integers(len(made) + 1)), each)
+    return made
 
 
 def _alike(one: Line, other: Line) -> bool:
@@ -144,12 +192,6 @@ def _alike(one: Line, other: Line) -> bool:
 
 def _drawn(rng: np.random.Generator, given: Sequence[T], most: int) -> list[T]:
     return [given[index] for index in rng.permutation(len(given))[:most].tolist()]
-
-
-def _mixed(rng: np.random.Generator, *groups: Sequence[T]) -> list[T]:
-    """MOST_CLAIMS or fewer, as many of each group as there are, in an order of chance."""
-    taken = [each for one in zip_longest(*groups) for each in one if each is not None]
-    return _drawn(rng, taken[:MOST_CLAIMS], MOST_CLAIMS)
 
 
 def _row(

@@ -2,7 +2,10 @@
 
 - `look`, `overview` and `transcript` run on the rendered film. What `ground` and `verify` would say is made of the
   script, with the slips of a model: spans that are a little off, a first match that is another figure, or nothing.
-- A run goes on from a slip as it should: it looks, sees that this is not it, and tries the next one.
+- A run goes on from a slip as it should: it looks, sees that this is not it, and tries the next one. Sometimes it
+  misreads what it sees, is contradicted, and looks more closely; the misreading itself is nothing to learn from.
+- More questions follow in the same context, as in `iv3 chat`: a run is long, and what there is to learn from one answer
+  is short. What was seen before is answered without another look.
 - Half of the runs have a library, and some of these note what they have found.
 """
 
@@ -10,39 +13,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from agent import prompts
-from agent.answering import Answering
+from agent.answering import Answering, contradiction
 from agent.calls import parse, written
 from agent.context import Context
-from agent.entries import Call, Feedback, Instruction, Observation, Reasoning
-from agent.oracle.wording import absent, asked_of, description, statement, told
-from agent.spans import Span
+from agent.entries import Call, Claim, Entry, Feedback, Instruction, Judgement, Observation, Reasoning
+from agent.oracle.wording import absent, answer, description, fits, misread, statement, told
+from agent.spans import Span, overlap
 from agent.tools import ground
 from agent.tools.look import Look, Overview
 from agent.tools.memory import NOTED
 from agent.tools.tool import Shown, call
 from agent.tools.transcribe import Transcript
 from agent.workspace import Workspace
-from train.toyworld.questions import Question
+from train.toyworld.questions import NOT_THERE, Question, about, in_vain
 from train.toyworld.score import span_text
-from train.toyworld.script import Figure, Script
+from train.toyworld.script import Figure, Script, pick
+from train.toyworld.talks import unambiguous
+from train.toyworld.words import NAMES
 
 SLIP = 0.2
 """Seconds by which an edge of a match is off, at most."""
 
-WRONG, RIGHT_FIRST, GLANCES, CHECKS, HAVE_LIBRARY, NOTES = 0.5, 0.6, 0.1, 0.15, 0.5, 0.3
-"""Shares of runs in which other figures are among the matches; of those with the key, in which it goes before them;
-that begin with an overview; that verify before they answer; that have a library; and of these, that note what they
-found."""
+WRONG, RIGHT_FIRST, MISREAD, CHECKS = 0.5, 0.6, 0.2, 0.15
+"""Shares of questions with other figures among the matches; of those with the key, in which it goes before them; in
+which what is seen is misread at first; and which are verified before they are answered."""
+
+GLANCES, HAVE_LIBRARY, NOTES = 0.1, 0.5, 0.3
+"""Shares of runs that begin with an overview; that have a library; and of the answers in these, that are noted."""
+
+FOLLOW_UPS, AGAIN, IN_VAIN = 4, 0.5, 0.2
+"""Questions behind the first; shares of runs in which one is about what was seen, and of those that have no answer."""
+
+MISREADABLE = ("colour", "shape", "direction")
+CLOSER = 4.0
+"""Frames a second of the look after a contradiction."""
 
 
 @dataclass
 class Oracle:
-    """Acts out one run about a film."""
+    """Acts out one run about a film: its question, and others behind it."""
 
     script: Script
     question: Question
@@ -51,43 +66,77 @@ class Oracle:
     context: Context = field(init=False)
     has_library: bool = field(init=False)
     _thought: str = field(init=False, default="")
+    _slips: set[int] = field(init=False, default_factory=set)  # places of messages that are nothing to learn from
+    _seen: dict[Figure, tuple[str, Span]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.has_library = self.rng.random() < HAVE_LIBRARY
         self.context = Context(frames=lambda seen: str(self.workspace.video))  # type: ignore[arg-type, return-value]
         self.context.append(Instruction(role="system", text=prompts.SYSTEM))
-        duration = self.workspace.duration
-        self.context.append(Instruction(text=prompts.opening(self.workspace.video, duration, self.question.text)))
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self, follow_ups: int = FOLLOW_UPS) -> list[dict[str, Any]]:
         """The messages of the run, frames as the film's path with their times."""
+        text = prompts.opening(self.workspace.video, self.workspace.duration, self.question.text)
+        self.context.append(Instruction(text=text))
         if self.rng.random() < GLANCES:
             self._act("", "overview", {}, lambda given: call(Overview(self.workspace), given))
-        (self._read if self.question.read else self._see)()
-        return self.context.messages()
+        if self.question.read:
+            self._read()
+        else:
+            self._see(self.question, self.script.keys[0])
+        for question, figure in self._others(follow_ups):
+            self.context.append(Instruction(text=question.text))
+            self._see(question, figure)
+        messages = self.context.messages()
+        return [{**each, "weight": 0} if place in self._slips else each for place, each in enumerate(messages)]
 
-    def _see(self) -> None:
-        asked = asked_of(self.script, self.question)
-        key = self.script.keys[0]
-        what = description("direction" if absent(self.question) else asked, key.name)
-        matches = self._matches(key)
+    def _others(self, most: int) -> list[tuple[Question, Figure]]:
+        """Questions about figures that can be told apart: first, of some runs, one about the figure that was seen."""
+        pool = unambiguous(self.script)
+        drawn = [pool[index] for index in self.rng.permutation(len(pool))]
+        if self._seen and self.rng.random() < AGAIN:
+            drawn.sort(key=lambda each: each[1] not in self._seen)
+        there = {figure.name for figure in self.script.figures}
+        gone = [name for name in NAMES if name not in there]
+        made: list[tuple[Question, Figure]] = []
+        asked = {self.question.text}
+        for kind, figure in drawn:
+            question = about(self.rng, kind, figure)
+            if gone and kind in ("direction", "when") and self.rng.random() < IN_VAIN:
+                figure = replace(figure, name=pick(self.rng, gone))
+                question = in_vain(about(self.rng, kind, figure))
+            if question.text not in asked and len(made) < most:
+                asked.add(question.text)
+                made.append((question, figure))
+        return made
+
+    def _see(self, question: Question, key: Figure) -> None:
+        if key in self._seen and not absent(question):
+            self._answer_seen(question.asked, key)
+            return
+        what = description(question.asked, key.name)
+        matches = self._matches(what, key, absent(question))
         shown = Shown(_matched(matches)) if matches else Shown(self._in_vain())
         self._act(f"Where is the {what}?", "ground", {"description": what}, lambda given: shown)
         for number, (span, _) in enumerate(matches):
             seen = self._look(span, first=number == 0)
-            if self._shows(span, key):
-                self._answer_seen(asked, replace(key, span=span), seen)
+            if not absent(question) and overlap(span, key.span):
+                self._seen[key] = seen, span
+                if question.asked in MISREADABLE and self.rng.random() < MISREAD:
+                    self._misread(question.asked, key)
+                self._answer_seen(question.asked, key)
                 return
         self._answer_nothing()
 
-    def _matches(self, key: Figure) -> list[tuple[Span, float]]:
+    def _matches(self, what: str, key: Figure, is_absent: bool) -> list[tuple[Span, float]]:
         """What `ground` finds, best first: spans and how sure it is."""
-        others = [figure for figure in self.script.figures if figure.name != key.name]
-        most = ground.CANDIDATES - (not absent(self.question))
-        wrong = int(self.rng.integers(1, most + 1)) if self.rng.random() < WRONG else 0
+        others = [figure for figure in self.script.figures if not fits(what, figure.name)]
+        others = [figure for figure in others if is_absent or not overlap(figure.span, key.span)]
+        most = min(ground.CANDIDATES - (not is_absent), len(others))
+        wrong = int(self.rng.integers(1, most + 1)) if most and self.rng.random() < WRONG else 0
         drawn = self.rng.permutation(len(others))[:wrong].tolist()
         spans = [self._near(others[index].span) for index in drawn]
-        if not absent(self.question):
+        if not is_absent:
             place = 0 if self.rng.random() < RIGHT_FIRST else len(spans)
             spans.insert(place, self._near(key.span))
         return list(zip(spans, sorted(self.rng.uniform(ground.PRESENT, 1.0, len(spans)).tolist())[::-1], strict=True))
@@ -103,26 +152,41 @@ class Oracle:
 
     def _look(self, span: Span, *, first: bool) -> str:
         thought = f"{'' if first else 'That is not it. '}It may be there from {span_text(span)}."
-        given = {"start": span[0], "end": span[1]}  # as `ground` says it: to copy is easier than to reckon
+        return self._looked(thought, {"start": span[0], "end": span[1]})  # as `ground` says it: not to be reckoned
+
+    def _looked(self, thought: str, given: dict[str, float]) -> str:
         self._act(thought, "look", given, lambda arguments: call(Look(self.workspace), arguments))
         return self._last_seen()
-
-    def _shows(self, span: Span, key: Figure) -> bool:
-        return not absent(self.question) and span[0] < key.span[1] and key.span[0] < span[1]
 
     def _note(self, claim: str, span: Span) -> None:
         if self.has_library and self.rng.random() < NOTES:
             self._act("", "note", {"text": claim, "start": span[0], "end": span[1]}, lambda given: Shown(NOTED))
 
-    def _answer_seen(self, asked: str, found: Figure, seen: str) -> None:
-        """found: the key, its span as it was found."""
-        claim, (start, end) = statement(asked, found), found.span
+    def _answer_seen(self, asked: str, key: Figure) -> None:
+        """The span of the key is what was looked at, as good as it was found."""
+        seen, (start, end) = self._seen[key]
+        found = replace(key, span=(start, end))
+        claim = statement(asked, found)
         self._thought = claim  # said before the next call, whichever it is
         self._note(claim, found.span)
         if self.rng.random() < CHECKS:
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
             self._act("", "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
-        self._answer(span_text(found.span) if asked == "when" else self.question.answer, claim, seen)
+        self._answer(answer(asked, found), claim, seen)
+
+    def _misread(self, asked: str, key: Figure) -> None:
+        """An answer that is not so, what the loop says to it, and a closer look."""
+        wrong, (seen, (start, end)) = misread(asked, key, self.rng), self._seen[key]
+        self._slips.add(len(self.context.messages()))
+        self._thought = statement(asked, wrong)
+        made = self._answer(answer(asked, wrong), self._thought, seen)
+        claim = Claim(id=self.context.next_id(Claim), text=statement(asked, wrong), evidence=(seen,))
+        self.context.append(claim)
+        judged = Judgement(claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0)
+        against = contradiction([claim], [judged], made.id)
+        assert against is not None
+        self.context.append(against)
+        self._seen[key] = self._looked("", {"start": start, "end": end, "fps": CLOSER}), (start, end)
 
     def _read(self) -> None:
         self._act("What is said?", "transcript", {}, lambda given: call(Transcript(self.workspace), given))
@@ -136,13 +200,18 @@ class Oracle:
         self._note(told(line), line.span)
         self._answer(self.question.answer, told(line), self._last_seen())
 
-    def _answer(self, text: str, claim: str, seen: str) -> None:
+    def _answer(self, text: str, claim: str, seen: str) -> Call:
         stated = [{"text": claim, "evidence": [seen]}]
-        self._say("", Answering.name, {"text": text, "claims": stated})
+        return self._say("", Answering.name, {"text": text, "claims": stated})
 
     def _answer_nothing(self) -> None:
-        thought = "That is not it." if any(True for _ in self.context.of(Observation)) else ""
-        self._say(thought, Answering.name, {"text": self.question.answer, "claims": [], "found": False})
+        thought = "That is not it." if self._looked_in_vain() else ""
+        self._say(thought, Answering.name, {"text": NOT_THERE, "claims": [], "found": False})
+
+    def _looked_in_vain(self) -> bool:
+        """Whether anything was observed since the last question."""
+        since = reversed(self.context.entries)
+        return any(isinstance(each, Observation) for each in takewhile(lambda each: not _asks(each), since))
 
     def _say(self, thought: str, name: str, arguments: dict[str, Any]) -> Call:
         thought, self._thought = thought or self._thought, ""
@@ -168,6 +237,10 @@ class Oracle:
 
     def _last_seen(self) -> str:
         return list(self.context.of(Observation))[-1].id
+
+
+def _asks(entry: Entry) -> bool:
+    return isinstance(entry, Instruction) and entry.role == "user"
 
 
 def _matched(matches: list[tuple[Span, float]]) -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from train.toyworld.compose import what_is_asked
 from train.toyworld.questions import NOT_THERE, Question
 from train.toyworld.score import span_text
-from train.toyworld.script import Figure, Line, Script, Span, pick
+from train.toyworld.script import Figure, Line, Span, pick
 from train.toyworld.words import COLOURS, DIRECTIONS, FACTS, SHAPES, Name
-
-
-def asked_of(script: Script, question: Question) -> str:
-    """The kind of what is asked: a rare event is asked about like any other."""
-    return what_is_asked(script.seed, "rare") if question.kind == "rare" else question.kind
 
 
 def description(asked: str, name: Name) -> str:
@@ -45,20 +41,19 @@ def told(line: Line) -> str:
     return f"The {line.name} {FACTS[line.fact].statement.partition('} ')[2].format(value=line.value)}"
 
 
-def false_statement(asked: str, figure: Figure, rng: np.random.Generator) -> str:
-    """What is not so about a figure."""
+def misread(asked: str, figure: Figure, rng: np.random.Generator) -> Figure:
+    """The figure with another colour, shape or direction."""
     name = figure.name
-    other = Name(
-        pick(rng, [each for each in COLOURS if each != name.colour]),
-        pick(rng, [each for each in SHAPES if each != name.shape]),
-    )
     if asked == "colour":
-        return f"The {name.shape} is {other.colour}."
+        return replace(figure, name=name._replace(colour=pick(rng, [each for each in COLOURS if each != name.colour])))
     if asked == "shape":
-        return f"The {name.colour} figure is a {other.shape}."
-    if asked == "direction":
-        return f"The {name} moves {pick(rng, [each for each in DIRECTIONS if each != figure.direction])}."
-    return f"The {name} is visible from {span_text(moved(figure.span, rng))}."
+        return replace(figure, name=name._replace(shape=pick(rng, [each for each in SHAPES if each != name.shape])))
+    return replace(figure, direction=pick(rng, [each for each in DIRECTIONS if each != figure.direction]))
+
+
+def answer(asked: str, figure: Figure) -> str:
+    """What is asked about a figure."""
+    return {**figure.name._asdict(), "direction": figure.direction, "when": span_text(figure.span)}[asked]
 
 
 def false_told(line: Line, rng: np.random.Generator) -> str:

@@ -89,6 +89,8 @@ UNUSABLE: dict[str, tuple[Any, Stage, str]] = {
     "a clip answers": ({"messages": [question(), {**answer(), "content": [VIDEO]}]}, "sft", "malformed messages"),
     "an address": (showing(ADDRESS), "sft", "malformed messages"),
     "unknown role": ({"messages": [question(), {"role": "bot", "content": "x"}]}, "sft", "unknown role"),
+    "unknown weight": ({"messages": [question(), {**answer(), "weight": 0.5}]}, "sft", "malformed messages"),
+    "weight of true": ({"messages": [question(), {**answer(), "weight": True}]}, "sft", "malformed messages"),
     "no answer": ({"messages": [question()]}, "sft", "no answer"),
     "empty answer": ({"messages": [question(), answer(" ")]}, "cpt", "no answer"),
     "choices without the right one": (row(choices=["a", "b"]), "sft", "no answer"),

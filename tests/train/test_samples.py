@@ -73,6 +73,16 @@ def test_what_is_trained_reads_as_the_answers_with_their_ends() -> None:
     )
 
 
+def test_a_message_of_weight_0_is_read_and_not_trained() -> None:
+    messages = turns("Hello?", "I am here.", "Where?", "Here.")
+    unlearned = [messages[0], {**messages[1], "weight": 0}, messages[2], {**messages[3], "weight": 1}]
+    sample, whole = BUILDER.sample(row(unlearned)), BUILDER.sample(row(messages))
+    assert sample.token_ids.tolist() == whole.token_ids.tolist()
+    assert TOKENIZER.decode(sample.token_ids[sample.trained], skip_special_tokens=False) == "Here.<|im_end|>"
+    with pytest.raises(PromptError, match="no assistant message to learn from"):
+        BUILDER.sample(row([messages[0], {**messages[1], "weight": 0}]))
+
+
 def test_media_before_between_and_after_answers_shift_nothing(make_clip: Callable[..., Path], tmp_path: Path) -> None:
     clip = make_clip(frames=12, fps=4, size=(64, 64))
     video = {"type": "video", "video": str(clip)}

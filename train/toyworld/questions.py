@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,6 +90,7 @@ class Question:
     span: where in the clip the answer is to be seen or read, in seconds; for the kind "when" it is the answer itself.
         None where there is no answer.
     read: whether the answer is to be read in the subtitles, not seen.
+    asked: the plain kind of what is asked about a single figure; "" for any other question.
     """
 
     kind: str
@@ -98,6 +99,7 @@ class Question:
     choices: tuple[str, ...]
     span: Span | None
     read: bool = False
+    asked: str = ""
 
 
 def kinds_of(script: Script) -> tuple[str, ...]:
@@ -130,11 +132,17 @@ def about(rng: np.random.Generator, kind: str, figure: Figure) -> Question:
     return _about(rng, kind, kind, figure, _WORDINGS[kind])
 
 
+def in_vain(question: Question) -> Question:
+    """The same, of a figure that is not there."""
+    choices = (*question.choices, NOT_THERE) if question.choices else ()
+    return replace(question, kind="absent", answer=NOT_THERE, choices=choices, span=None)
+
+
 def _about(rng: np.random.Generator, kind: str, asked: str, key: Figure, wordings: Sequence[str]) -> Question:
     """What is asked about one figure: its colour, shape or direction, or when it is there."""
     answers = {**key.name._asdict(), "direction": key.direction, "when": span_text(key.span)}
     text = pick(rng, wordings).format(**key.name._asdict())
-    return Question(kind, text, answers[asked], _CHOICES.get(asked, ()), key.span)
+    return Question(kind, text, answers[asked], _CHOICES.get(asked, ()), key.span, asked=asked)
 
 
 def _rare(rng: np.random.Generator, script: Script) -> Question:
@@ -183,10 +191,10 @@ def _said(rng: np.random.Generator, script: Script) -> Question:
 def _absent(rng: np.random.Generator, script: Script) -> Question:
     """A question like any other, about a figure that neither the picture nor a line has."""
     name = script.keys[0].name
-    seen = [(_WORDINGS[kind], _CHOICES.get(kind, ()), False) for kind in _PLAIN]
-    wordings, choices, read = pick(rng, [*seen, *((fact.questions, fact.values, True) for fact in FACTS.values())])
+    seen = [(_WORDINGS[kind], _CHOICES.get(kind, ()), kind) for kind in _PLAIN]
+    wordings, choices, asked = pick(rng, [*seen, *((fact.questions, fact.values, "") for fact in FACTS.values())])
     text = pick(rng, wordings).format(name=name, **name._asdict())
-    return Question("absent", text, NOT_THERE, (*choices, NOT_THERE) if choices else (), None, read)
+    return Question("absent", text, NOT_THERE, (*choices, NOT_THERE) if choices else (), None, not asked, asked)
 
 
 _OTHERS: dict[str, Callable[[np.random.Generator, Script], Question]] = {

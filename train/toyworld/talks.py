@@ -36,9 +36,8 @@ def shows_direction(figure: Figure) -> bool:
     return figure.span[1] - figure.span[0] > WHOLE - ROUNDING
 
 
-def _others(script: Script) -> Iterator[Question]:
-    """Questions about figures whose name, colour or shape is there once, in an order of chance."""
-    rng = random_of(script.seed, 6)
+def unambiguous(script: Script) -> list[tuple[str, Figure]]:
+    """What may be asked about figures whose name, colour or shape is there once: plain kinds, with the figure."""
     names = Counter(figure.name for figure in script.figures)
     colours = Counter(figure.name.colour for figure in script.figures)
     shapes = Counter(figure.name.shape for figure in script.figures)
@@ -49,6 +48,12 @@ def _others(script: Script) -> Iterator[Question]:
         asked += [("direction", figure)] if alone and shows_direction(figure) else []
         asked += [("shape", figure)] if colours[figure.name.colour] == 1 else []
         asked += [("colour", figure)] if shapes[figure.name.shape] == 1 else []
+    return asked
+
+
+def _others(script: Script) -> Iterator[Question]:
+    """Other questions than the script's own, in an order of chance."""
+    rng, asked = random_of(script.seed, 6), unambiguous(script)
     own, kinds = ask(script).text, Counter[str]()
     for index in rng.permutation(len(asked)):
         kind, figure = asked[int(index)]
