@@ -52,7 +52,9 @@ class Answering:
             claim = Claim(id=context.next_id(Claim), text=stated.text, evidence=tuple(stated.evidence))
             yield claim
             found = self._verify.check(claim.text, [known[name].span for name in claim.evidence])
-            yield Judgement(claim=claim.id, verdict=found.verdict, spans=found.spans, support=found.support)
+            yield Judgement(
+                claim=claim.id, verdict=found.verdict, spans=found.spans, support=found.support, seen=found.seen
+            )
 
 
 def offered(workspace: Workspace, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -69,11 +71,12 @@ def status_of(found: bool, verdicts: list[Judgement]) -> Status:
 
 def contradiction(claims: list[Claim], verdicts: list[Judgement], call: str) -> Feedback | None:
     """What the model is told where a fresh look contradicts; None where nothing does."""
-    against = [claim for claim, verdict in zip(claims, verdicts, strict=True) if verdict.verdict == "contradict"]
+    against = [each for each in zip(claims, verdicts, strict=True) if each[1].verdict == "contradict"]
     if not against:
         return None
-    said = "; ".join(f"{claim.id} ({', '.join(claim.evidence)}): {claim.text.rstrip('.')}" for claim in against)
-    return Feedback(call=call, text=f"A fresh look contradicts {said}. Look again, or answer otherwise.")
+    said = "; ".join(f"{claim.id} ({', '.join(claim.evidence)}): {claim.text.rstrip('.')}" for claim, _ in against)
+    text = f"A fresh look contradicts {said}. Look again, or answer otherwise."
+    return Feedback(call=call, text=text, quoted="\n".join(each.seen for _, each in against if each.seen))
 
 
 def evidence_of(claims: list[Claim], context: Context) -> tuple[Evidence, ...]:

@@ -122,13 +122,16 @@ class Claim(_Entry):
 
 
 class Judgement(_Entry):
-    """What a fresh look at a claim's evidence says. spans: that were looked at; support: probability of `support`."""
+    """What a fresh look at a claim's evidence says. spans: that were looked at; support: probability of `support`;
+    seen: what was shown of the claim, in the words of the model that looked.
+    """
 
     kind: Literal["verdict"] = "verdict"
     claim: str
     verdict: Verdict
     spans: tuple[Span, ...]
     support: float
+    seen: str = ""
 
 
 class Hypothesis(BaseModel):

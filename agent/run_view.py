@@ -63,7 +63,8 @@ def lines_of(entry: Entry) -> list[str]:
             return _text(f"claim {entry.id}: {entry.text} ({', '.join(entry.evidence) or 'no evidence'})")
         case Judgement():
             spans = "".join(f" {span_text(span)}" for span in entry.spans)
-            return _text(f"claim {entry.claim} is {_VERDICTS[entry.verdict]} ({entry.support:.0%}) by a look at{spans}")
+            said = f"claim {entry.claim} is {_VERDICTS[entry.verdict]} ({entry.support:.0%}) by a look at{spans}"
+            return [*_text(said), *_text(entry.seen, INDENT)]
         case Belief():
             return list(_belief(entry))
         case Resumed():

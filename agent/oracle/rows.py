@@ -37,7 +37,7 @@ WINDOWS_WITHOUT = 2
 PARTS = 0.3
 """Share of the parts of these that are asked about."""
 
-MOST_LOOKED_FOR, MOST_CLAIMS = 8, 8
+MOST_LOOKED_FOR, MOST_CLAIMS = 8, 6
 """Of a row."""
 
 LOOKS, READS = 5, 1
@@ -57,6 +57,8 @@ FILMS = "films"
 
 Row = dict[str, Any]
 Turn = tuple[str, str]
+Judged = tuple[str, str, str]
+"""A claim, what is shown of it, and the verdict."""
 T = TypeVar("T")
 
 
@@ -129,13 +131,15 @@ def _near(span: Span, workspace: Workspace) -> Span:
     return max(span[0] - verify.MARGIN, 0.0), min(span[1] + verify.MARGIN, workspace.duration)
 
 
-def _claims(claims: Sequence[Turn], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
-    turns = [(prompts.claim(claim), verdict) for claim, verdict in claims[:MOST_CLAIMS]]
+def _claims(claims: Sequence[Judged], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
+    turns: list[Turn] = []
+    for claim, shown, verdict in claims[:MOST_CLAIMS]:
+        turns += [(prompts.shown(claim), shown), (prompts.VERDICT, verdict)]
     if turns:
         yield _row("claim", workspace, clip, turns, lines_in(workspace, near))
 
 
-def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random.Generator) -> list[Turn]:
+def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random.Generator) -> list[Judged]:
     """Of a figure that is there, whether it is so in just these seconds; nothing where that is a matter of taste."""
     names = Counter(each.name for each in script.figures if overlap(each.span, near))
     seen = [each for each in script.figures if any(map(each.visible, clip.timestamps)) and names[each.name] == 1]
@@ -145,11 +149,13 @@ def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random
         shared = overlap(said, figure.span) / both
         if not MATCHES[0] < shared < MATCHES[1]:
             verdict = "support" if shared >= MATCHES[1] else "contradict"
-            claims.append((statement("when", replace(figure, span=said)), verdict))
+            shown = max(near[0], figure.span[0]), min(near[1], figure.span[1])
+            claim, seen_of_it = (statement("when", replace(figure, span=span)) for span in (said, shown))
+            claims.append((claim, seen_of_it, verdict))
     return _drawn(rng, claims, 1)
 
 
-def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator) -> list[Turn]:
+def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator) -> list[Judged]:
     """Of each figure its colour or its shape, then where it moves: the other way round, the first tells the second."""
     seen = [each for each in script.figures if overlap(each.span, near)]
     claims = []
@@ -163,22 +169,22 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
     for index in rng.permutation(len(NAMES)).tolist():
         kind, name = pick(rng, ASKED), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
-            gone.append((statement(kind, replace(script.figures[0], name=name)), "unclear"))
+            gone.append((statement(kind, replace(script.figures[0], name=name)), prompts.NOTHING, "unclear"))
     return _among(rng, claims, gone)
 
 
-def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Turn]:
+def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Judged]:
     read = [each for each in script.lines if overlap(each.span, near)]
     unread = [each for each in script.lines if not any(_alike(each, other) for other in read)]
     claims = [_right_or_wrong(rng, told(each), false_told(each, rng)) for each in read]
-    return _among(rng, claims, [(told(each), "unclear") for each in _drawn(rng, unread, len(unread))])
+    return _among(rng, claims, [(told(each), prompts.NOTHING, "unclear") for each in _drawn(rng, unread, len(unread))])
 
 
-def _right_or_wrong(rng: np.random.Generator, right: str, wrong: str) -> Turn:
-    return (right, "support") if rng.random() < 0.5 else (wrong, "contradict")
+def _right_or_wrong(rng: np.random.Generator, right: str, wrong: str) -> Judged:
+    return (right, right, "support") if rng.random() < 0.5 else (wrong, right, "contradict")
 
 
-def _among(rng: np.random.Generator, claims: Sequence[Turn], unclear: Sequence[Turn]) -> list[Turn]:
+def _among(rng: np.random.Generator, claims: Sequence[Judged], unclear: Sequence[Judged]) -> list[Judged]:
     """The claims in their order, and half as many unclear ones, or one, at places of chance among them."""
     made = list(claims)
     for each in unclear[: max(1, (len(claims) + 1) // 2)]:

@@ -171,7 +171,8 @@ class Oracle:
         self._note(claim, found.span)
         if self.rng.random() < CHECKS:
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
-            self._act("", "verify", {"claim": claim, "start": start, "end": end}, lambda given: Shown(said))
+            shown = Shown(said, quoted=(claim,))
+            self._act("", "verify", {"claim": claim, "start": start, "end": end}, lambda given: shown)
         self._answer(answer(asked, found), claim, seen)
 
     def _misread(self, asked: str, key: Figure) -> None:
@@ -182,7 +183,8 @@ class Oracle:
         made = self._answer(answer(asked, wrong), self._thought, seen)
         claim = Claim(id=self.context.next_id(Claim), text=statement(asked, wrong), evidence=(seen,))
         self.context.append(claim)
-        judged = Judgement(claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0)
+        shown = statement(asked, key)
+        judged = Judgement(claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=shown)
         against = contradiction([claim], [judged], made.id)
         assert against is not None
         self.context.append(against)

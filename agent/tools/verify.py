@@ -1,9 +1,13 @@
-"""Whether a span supports a claim: asked in a context that has seen neither the run nor its answer."""
+"""Whether a span supports a claim: asked in a context that has seen neither the run nor its answer.
+
+The model first says what is shown of the claim, then what follows from that: to read something off frames is easier
+than to hold it against a sentence, and two sentences are easy to compare.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import numpy as np
@@ -20,14 +24,17 @@ FPS, MOST_FRAMES = 4.0, 64
 MARGIN = 1.0
 """Seconds around the span that are looked at, too: what begins or ends there is not taken for lasting."""
 
+SEEN_TOKENS = 48
+
 
 @dataclass(frozen=True)
 class Check:
-    """verdict: the likeliest; support: the probability of support."""
+    """verdict: the likeliest; support: the probability of support; seen: what is shown of it, in the model's words."""
 
     verdict: Verdict
     support: float
     spans: tuple[Span, ...]
+    seen: str = ""
 
 
 class Verify:
@@ -47,27 +54,41 @@ class Verify:
     def __call__(self, arguments: Verify.Arguments) -> Shown:
         span = checked_span(arguments.start, arguments.end, self._workspace.duration)
         check = self.check(arguments.claim, [span])
-        return Shown(f"{span[0]:.1f} to {span[1]:.1f}: {check.verdict} ({check.support:.2f}).")
+        text = f"{span[0]:.1f} to {span[1]:.1f}: {check.verdict} ({check.support:.2f})."
+        return Shown(text, quoted=tuple(check.seen.splitlines()))
 
     def check(self, claim: str, spans: Sequence[Span]) -> Check:
         """The verdict over several spans: one that decides is enough, and support outweighs what is unclear."""
-        verdicts: tuple[Verdict, ...] = get_args(Verdict)
+        if not spans:
+            return Check("unclear", 0.0, ())
         found = [self._one(claim, span) for span in spans]
-        best = max(found, key=lambda chances: max(chances[0], chances[1])) if found else np.array([0.0, 0.0, 1.0])
-        return Check(verdicts[int(best.argmax())], float(best[0]), tuple(spans))
+        return replace(max(found, key=lambda each: each.decided).check, spans=tuple(spans))
 
-    def _one(self, claim: str, span: Span) -> np.ndarray:
+    def _one(self, claim: str, span: Span) -> _Judged:
         known = (self.name, claim, span)
         if known not in self._workspace.memo:
             self._workspace.memo[known] = self._look(claim, span)
-        chances: np.ndarray = self._workspace.memo[known]
-        return chances
+        judged: _Judged = self._workspace.memo[known]
+        return judged
 
-    def _look(self, claim: str, span: Span) -> np.ndarray:
+    def _look(self, claim: str, span: Span) -> _Judged:
         duration = self._workspace.duration
         near = max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
         clip = self._workspace.look(near, fps=FPS, most=MOST_FRAMES)
-        session = self._workspace.asked(clip, prompts.claim(claim), quoted=lines_in(self._workspace, near))
+        session = self._workspace.asked(clip, prompts.shown(claim), quoted=lines_in(self._workspace, near))
+        seen = "".join(session.answer(SEEN_TOKENS)).strip()
+        session.read([{"role": "user", "content": prompts.VERDICT}])
         scores = session.log_likelihoods(prompts.VERDICTS)
         chances = np.exp(scores - scores.max())
-        return chances / chances.sum()
+        chances /= chances.sum()
+        verdicts: tuple[Verdict, ...] = get_args(Verdict)
+        check = Check(verdicts[int(chances.argmax())], float(chances[0]), (span,), seen)
+        return _Judged(check, float(max(chances[0], chances[1])))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """decided: the probability of support or of contradict, whichever is larger."""
+
+    check: Check
+    decided: float

@@ -298,20 +298,29 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
             assert said(raw, made) in asked
 
 
+def judged(raw: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The claims of a row, what is shown of each, and the verdicts."""
+    turns = turns_of(raw)
+    for (question, shown), (second, verdict) in zip(turns[::2], turns[1::2], strict=True):
+        assert second == prompts.VERDICT
+        yield claim_of(question), shown, verdict
+
+
 def claim_of(question: str) -> str:
-    return question.partition("Claim: ")[2]
+    return question.partition("What is shown of this? ")[2]
 
 
 def test_claims_about_spans_are_so_where_the_figure_is_there_for_just_these_seconds(films: list[Made]) -> None:
     verdicts = []
     for made in (made for made in films if not made.question.read):
         for raw in (raw for seed in range(6) for raw in claims_of(*made.about, np.random.default_rng(seed))):
-            for question, verdict in turns_of(raw):
-                if (said := re.search(r"visible from ([0-9.]+) to ([0-9.]+)\.", question)) is None:
+            for claim, shown, verdict in judged(raw):
+                if (said := re.search(r"visible from ([0-9.]+) to ([0-9.]+)\.", claim)) is None:
                     continue
                 verdicts.append(verdict)
                 start, end = float(said[1]), float(said[2])
-                meant = [each for each in made.script.figures if subject_of(claim_of(question)) <= {*each.name}]
+                meant = [each for each in made.script.figures if subject_of(claim) <= {*each.name}]
+                assert shown.partition(" from ")[0] == claim.partition(" from ")[0]
                 shared = max(temporal_iou((start, end), each.span) for each in meant)
                 assert shared > 0.55 if verdict == "support" else shared < 0.45
                 times = raw["messages"][0]["content"][0]["times"]
@@ -327,14 +336,16 @@ def test_a_supported_claim_is_so_a_contradicted_one_is_not_and_an_unclear_one_is
         for raw in (raw for seed in range(3) for raw in claims_of(*made.about, np.random.default_rng(seed))):
             times = raw["messages"][0]["content"][0]["times"]
             seen = [each for each in made.script.figures if any(map(each.visible, times))]
-            for question, verdict in turns_of(raw):
-                if is_of_a_line(claim_of(question)):
+            for claim, shown, verdict in judged(raw):
+                if is_of_a_line(claim):
                     continue
                 counted[verdict] = counted.get(verdict, 0) + 1
-                about = [each for each in seen if subject_of(claim_of(question)) <= {*each.name}]
+                about = [each for each in seen if subject_of(claim) <= {*each.name}]
                 assert len(about) == (0 if verdict == "unclear" else 1)
-                if " visible from " not in question:
-                    assert [holds(claim_of(question), each) for each in about] == [verdict == "support"] * len(about)
+                assert (shown == prompts.NOTHING) == (verdict == "unclear")
+                if " visible from " not in claim:
+                    assert [holds(claim, each) for each in about] == [verdict == "support"] * len(about)
+                    assert all(holds(shown, each) for each in about)
     assert min(counted.values()) > 10 and len(counted) == 3
 
 
@@ -360,11 +371,14 @@ def test_claims_about_lines_follow_the_subtitles(films: list[Made]) -> None:
     said = {line.text for line in made.script.lines}
     verdicts = []
     for raw in (raw for seed in range(3) for raw in claims_of(*made.about, np.random.default_rng(seed))):
-        (shown, *_) = raw["messages"][0]["content"][-1]["text"].partition("Claim: ")
-        for question, verdict in turns_of(raw):
-            if not is_of_a_line(claim := claim_of(question)):
+        (quoted, *_) = raw["messages"][0]["content"][-1]["text"].partition("What is shown")
+        for claim, shown, verdict in judged(raw):
+            if not is_of_a_line(claim):
                 continue
-            assert {"support": claim in shown, "contradict": claim not in said, "unclear": claim not in shown}[verdict]
+            assert {"support": claim in quoted, "contradict": claim not in said, "unclear": claim not in quoted}[
+                verdict
+            ]
+            assert shown == prompts.NOTHING if verdict == "unclear" else shown in quoted
             verdicts.append(verdict)
     assert set(verdicts) == {"support", "contradict", "unclear"}
 

@@ -118,7 +118,7 @@ def turns() -> list[Entry]:
         Feedback(turn=2, call="c3", observation="o2"),
         Memory(turn=2, text="The first look showed four scenes.", of=("o1",)),
         Claim(turn=2, id="k1", text="It is a cross.", evidence=("o2", "o7")),
-        Judgement(turn=2, claim="k1", verdict="support", spans=((4.0, 6.0),), support=0.93, seconds=2.0),
+        Judgement(turn=2, claim="k1", verdict="support", spans=((4.0, 6.0),), support=0.93, seconds=2.0, seen="Red."),
     ]
 
 
@@ -288,7 +288,7 @@ def saying(text: str) -> list[Entry]:
         Call(id="c3", name=text, arguments={"start": 1, "end": 2, "q": text}),
         Memory(text=text, of=(text, "never")),
         Claim(id=text, text=text, evidence=(text, "never" + text)),
-        Judgement(claim=text, verdict="unclear", spans=((1, 2),), support=0.5),
+        Judgement(claim=text, verdict="unclear", spans=((1, 2),), support=0.5, seen=text),
         Belief(hypotheses=(Hypothesis(text=text, confidence=1, pro=(text,), contra=(text,)),), unknown=(text,)),
         Result(
             answer=text, status="verified", stopped=text,

@@ -61,8 +61,8 @@ def call(name: str = "look", arguments: Any = None) -> Call:
         (Memory(text="She left.", of=("o1", "o2")), ["remembered instead of o1, o2:", "  She left."]),
         (Claim(id="k1", text="It is a cross.", evidence=("o1",)), ["claim k1: It is a cross. (o1)"]),
         (
-            Judgement(claim="k1", verdict="contradict", spans=((1, 2), (60, 61)), support=0.04),
-            ["claim k1 is contradicted (4%) by a look at [00:01.0-00:02.0] [01:00.0-01:01.0]"],
+            Judgement(claim="k1", verdict="contradict", spans=((1, 2), (60, 61)), support=0.04, seen="A circle."),
+            ["claim k1 is contradicted (4%) by a look at [00:01.0-00:02.0] [01:00.0-01:01.0]", "  A circle."],
         ),
         (
             Belief(hypotheses=(Hypothesis(text="a cross", confidence=0.9),), unknown=("its colour",)),
@@ -107,7 +107,7 @@ def entries_saying(text: str) -> list[Entry]:
         Feedback(call=text, text=text, quoted=text, problem=text),
         Memory(text=text, of=(text,)),
         Claim(id=text, text=text, evidence=(text,)),
-        Judgement(claim=text, verdict="support", spans=(), support=1),
+        Judgement(claim=text, verdict="support", spans=(), support=1, seen=text),
         Belief(hypotheses=(Hypothesis(text=text, confidence=1),), unknown=(text,)),
         Result(answer=text, status="not found", stopped=text, evidence=(Evidence(observation=text, span=(0, 1)),)),
     ]
