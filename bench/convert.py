@@ -32,6 +32,7 @@ SPEED_LIMIT = 0.6
 SHARD_BYTES = 5 * 10**9
 READ_BYTES = 8 * 2**20
 RANDOM_NUMBERS = 2**24
+BF16_ONE = 0x3F80
 
 RELEASE: dict[str, Any] = {
     "model_type": "internvideo3",
@@ -139,13 +140,13 @@ def read_and_hash(folder: Path) -> None:
                 digest.update(memoryview(buffer)[:count])
 
 
-def write_release(path: Path, layers: int) -> None:
-    """A random bf16 checkpoint of the release's shapes; large tensors repeat one block of random numbers, shifted."""
+def write_release(path: Path, layers: int, config: dict[str, Any] = RELEASE) -> None:
+    """A random bf16 checkpoint of these shapes; large tensors repeat one block of random numbers, shifted."""
     from ivcore.checkpoint import manifest
     from ivcore.config import ModelConfig
     from ivcore.shards import TensorSpec, write_checkpoint
 
-    config = RELEASE | {"text_config": RELEASE["text_config"] | {"num_hidden_layers": layers}}
+    config = config | {"text_config": config["text_config"] | {"num_hidden_layers": layers}}
     specs = {name: TensorSpec(shape, "BF16") for name, shape in manifest(ModelConfig.from_dict(config)).items()}
     random = np.random.default_rng(0)
     block = (0.02 * random.standard_normal(RANDOM_NUMBERS, dtype=np.float32)).view(np.uint32) >> 16
@@ -153,6 +154,9 @@ def write_release(path: Path, layers: int) -> None:
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, spec in specs.items():
+            if "norm" in name and name.endswith("weight"):
+                yield name, np.full(spec.shape, np.uint16(BF16_ONE))
+                continue
             shifted = np.roll(block, int(random.integers(len(block))))
             yield name, np.resize(shifted, spec.shape)
 

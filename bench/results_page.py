@@ -60,7 +60,7 @@ def document(
     sections = {
         "Short clips": f"{_short(table)}\n\n{RATIO_8}",
         "Clips of sixteen seconds": "\n\n".join(block for block in (_long(table), _ratio_of_long(table)) if block),
-        "Distillation": _taught(table),
+        "Rewards and distillation": "\n\n".join(block for block in (_gains(table), _taught(table)) if block),
         "Both backends": _agreement(twins),
         "Conversion: each part of the method left out": _ablations(ablated),
     }
@@ -105,16 +105,40 @@ def _ratio_of_long(table: Mapping[str, Sequence[Findings]]) -> str:
     return f"The long clips' mean over the short ones': {', '.join(parts)}." if parts else ""
 
 
+def _gains(table: Mapping[str, Sequence[Findings]]) -> str:
+    """What the last two stages aim at, before and after them."""
+    *_, long, rl, distill = CHAIN
+    if distill not in table:
+        return ""
+    scores = {name: _means(table[name], "short") for name in (long, rl, distill)}
+    whole, when = (
+        {name: [each[kind] for each in found] for name, found in scores.items()} for kind in ("mean", "when")
+    )
+    same = {name: _as_the_teacher(table, name) for name in (rl, distill)}
+    lines = _head("short clips", "before", "after", "gain of each seed")
+    for what, values, before, after in (
+        (f"{rl}: `when`", when, long, rl),
+        (f"{distill}: mean", whole, rl, distill),
+        (f"{distill}: same answer as the teacher", same, rl, distill),
+    ):
+        gained = [f"{new - old:+.3f}" for old, new in zip(values[before], values[after], strict=False)]
+        lines.append(_row(what, _spread(values[before]), _spread(values[after]), ", ".join(gained)))
+    return "\n".join(lines)
+
+
+def _as_the_teacher(table: Mapping[str, Sequence[Findings]], name: str) -> list[float]:
+    """The share of answers that are those of the teacher, of each seed."""
+    pairs = zip(table[name], table[TEACHER], strict=False)  # the last seeds may not be there yet
+    return [_same(*(_with_choices(each["views"]["short"]) for each in pair)) for pair in pairs]
+
+
 def _taught(table: Mapping[str, Sequence[Findings]]) -> str:
     *_, before, after = CHAIN
     if after not in table:
         return ""
     lines = [TAUGHT_BY, *_head("", "mean, short clips", "same answer as the teacher", "mean, long clips")]
     for name in (TEACHER, before, after):
-        same = [
-            _same(*(_with_choices(each["views"]["short"]) for each in pair))
-            for pair in zip(table[name], table[TEACHER], strict=False)  # the last seeds may not be there yet
-        ]
+        same = _as_the_teacher(table, name)
         means = [_spread([each["mean"] for each in _means(table[name], view)]) for view in ("short", "long")]
         lines.append(_row(f"{name}, the teacher" if name == TEACHER else name, means[0], _spread(same), means[1]))
     return "\n".join(lines)
