@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from agent.context import Context
-from agent.entries import Claim, Entry, Evidence, Feedback, Judgement, Observation, Status
+from agent.entries import Claim, Entry, Evidence, Feedback, Instruction, Judgement, Observation, Status
 from agent.tools.box import tools
 from agent.tools.tool import Shown, ToolArguments, ToolError, schema
 from agent.tools.verify import Verify
@@ -44,6 +44,7 @@ class Answering:
         if arguments.found and not arguments.claims:
             raise ToolError(f"{self.name}: there are no claims; state what the answer rests on, or found false.")
         known = {each.id: each for each in context.of(Observation)}
+        asked = next((each.question for each in reversed([*context.of(Instruction)]) if each.question), "")
         for name in (name for stated in arguments.claims for name in stated.evidence):
             if name not in known:
                 there = f"there are {', '.join(known)}" if known else "nothing was observed yet"
@@ -51,7 +52,7 @@ class Answering:
         for stated in arguments.claims:
             claim = Claim(id=context.next_id(Claim), text=stated.text, evidence=tuple(stated.evidence))
             yield claim
-            found = self._verify.check(claim.text, [known[name].span for name in claim.evidence])
+            found = self._verify.check(claim.text, [known[name].span for name in claim.evidence], asked)
             yield Judgement(
                 claim=claim.id, verdict=found.verdict, spans=found.spans, support=found.support, seen=found.seen
             )

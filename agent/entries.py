@@ -123,7 +123,7 @@ class Claim(_Entry):
 
 class Judgement(_Entry):
     """What a fresh look at a claim's evidence says. spans: that were looked at; support: probability of `support`;
-    seen: what was shown of the claim, in the words of the model that looked.
+    seen: what it answers the question itself.
     """
 
     kind: Literal["verdict"] = "verdict"

@@ -16,9 +16,7 @@ IS_VISIBLE = "Yes or no: is the {description} visible?"
 YES_NO = ("yes", "no")
 WHEN = "In seconds, like 1.5 to 3.0: when is the {description} visible?"
 VERDICTS = ("support", "contradict", "unclear")
-SHOWN = "What is shown of this? {claim}"
-NOTHING = "Nothing of it."
-VERDICT = "So, support, contradict or unclear?"
+CLAIM = "Support, contradict or unclear? Claim: {claim}"
 CAPTION = "Say in one sentence what is to be seen."
 SUMMARY = "Say in two sentences what happens, in order."
 SUMMARY_OF_PARTS = "These are notes on the parts of a video, in order. Say in three sentences what happens."
@@ -45,6 +43,6 @@ def _noun(description: str) -> str:
     return _ARTICLE.sub("", description.strip().rstrip("."))
 
 
-def shown(claim: str) -> str:
-    """The question what there is of a claim, before the one whether that supports it."""
-    return SHOWN.format(claim=claim.strip())
+def claim(text: str) -> str:
+    """The question whether frames and lines support a claim; its answer is one of VERDICTS."""
+    return CLAIM.format(claim=text.strip())

@@ -12,24 +12,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from agent import prompts
-from agent.oracle.wording import absent, description, false_told, fits, misread, moved, statement, told
+from agent.oracle.wording import absent, answer, description, false_told, fits, misread, moved, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts
 from ivcore.video import Clip
-from train.toyworld.questions import Question
+from train.toyworld.questions import Question, about
 from train.toyworld.score import span_text
 from train.toyworld.script import Line, Script, pick
 from train.toyworld.talks import shows_direction
 from train.toyworld.turns import messages_of
-from train.toyworld.words import NAMES
+from train.toyworld.words import FACTS, NAMES
 
 WINDOWS_WITHOUT = 2
 """Coarse windows of a film, beside those with the key."""
@@ -37,7 +37,7 @@ WINDOWS_WITHOUT = 2
 PARTS = 0.3
 """Share of the parts of these that are asked about."""
 
-MOST_LOOKED_FOR, MOST_CLAIMS = 8, 6
+MOST_LOOKED_FOR, MOST_CLAIMS = 8, 8
 """Of a row."""
 
 LOOKS, READS = 5, 1
@@ -45,6 +45,9 @@ LOOKS, READS = 5, 1
 
 NAMED = 0.7
 """Share of the figures of whose colour or shape there is a claim."""
+
+ASKED_FIRST = 0.8
+"""Share of the claims whose question a fresh look answers first."""
 
 MATCHES = 0.4, 0.6
 """IoU up to which a span is not that of a figure, and from which it is."""
@@ -57,9 +60,21 @@ FILMS = "films"
 
 Row = dict[str, Any]
 Turn = tuple[str, str]
-Judged = tuple[str, str, str]
-"""A claim, what is shown of it, and the verdict."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim and its verdict; question, answer: what a fresh look is asked first, if anything, and says.
+
+    learned: whether that answer is: there is none to a question about what is not there.
+    """
+
+    claim: str
+    verdict: str
+    question: str = ""
+    answer: str = ""
+    learned: bool = True
 
 
 def windows_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
@@ -133,10 +148,17 @@ def _near(span: Span, workspace: Workspace) -> Span:
 
 def _claims(claims: Sequence[Judged], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
     turns: list[Turn] = []
-    for claim, shown, verdict in claims[:MOST_CLAIMS]:
-        turns += [(prompts.shown(claim), shown), (prompts.VERDICT, verdict)]
+    unlearned: list[int] = []
+    for each in claims[:MOST_CLAIMS]:
+        if each.question:
+            unlearned += [] if each.learned else [len(turns)]
+            turns.append((each.question, each.answer))
+        turns.append((prompts.claim(each.claim), each.verdict))
     if turns:
-        yield _row("claim", workspace, clip, turns, lines_in(workspace, near))
+        row = _row("claim", workspace, clip, turns, lines_in(workspace, near))
+        for place in unlearned:
+            row["messages"][2 * place + 1]["weight"] = 0
+        yield row
 
 
 def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random.Generator) -> list[Judged]:
@@ -149,9 +171,7 @@ def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random
         shared = overlap(said, figure.span) / both
         if not MATCHES[0] < shared < MATCHES[1]:
             verdict = "support" if shared >= MATCHES[1] else "contradict"
-            shown = max(near[0], figure.span[0]), min(near[1], figure.span[1])
-            claim, seen_of_it = (statement("when", replace(figure, span=span)) for span in (said, shown))
-            claims.append((claim, seen_of_it, verdict))
+            claims.append(Judged(statement("when", replace(figure, span=said)), verdict))
     return _drawn(rng, claims, 1)
 
 
@@ -163,25 +183,37 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
         for kind in [*([pick(rng, ASKED[:2])] if rng.random() < NAMED else []), ASKED[2]]:
             alone = sum(fits(description(kind, figure.name), each.name) for each in seen) == 1
             if alone and (kind != "direction" or shows_direction(figure)):
-                wrong = statement(kind, misread(kind, figure, rng))
-                claims.append(_right_or_wrong(rng, statement(kind, figure), wrong))
+                said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
+                verdict = "support" if said == figure else "contradict"
+                asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""
+                claims.append(Judged(statement(kind, said), verdict, asked, answer(kind, figure)))
     gone = []
     for index in rng.permutation(len(NAMES)).tolist():
         kind, name = pick(rng, ASKED), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
-            gone.append((statement(kind, replace(script.figures[0], name=name)), prompts.NOTHING, "unclear"))
+            figure = replace(script.figures[0], name=name)
+            said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
+            asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""
+            gone.append(Judged(statement(kind, figure), "unclear", asked, answer(kind, said), learned=False))
     return _among(rng, claims, gone)
 
 
 def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Judged]:
     read = [each for each in script.lines if overlap(each.span, near)]
     unread = [each for each in script.lines if not any(_alike(each, other) for other in read)]
-    claims = [_right_or_wrong(rng, told(each), false_told(each, rng)) for each in read]
-    return _among(rng, claims, [(told(each), prompts.NOTHING, "unclear") for each in _drawn(rng, unread, len(unread))])
+    claims, gone = [], []
+    for line in read:
+        said, verdict = (told(line), "support") if rng.random() < 0.5 else (false_told(line, rng), "contradict")
+        claims.append(Judged(said, verdict, _asked_of(line, rng), line.value))
+    for line in _drawn(rng, unread, len(unread)):
+        gone.append(Judged(told(line), "unclear", _asked_of(line, rng), line.value, learned=False))
+    return _among(rng, claims, gone)
 
 
-def _right_or_wrong(rng: np.random.Generator, right: str, wrong: str) -> Judged:
-    return (right, right, "support") if rng.random() < 0.5 else (wrong, right, "contradict")
+def _asked_of(line: Line, rng: np.random.Generator) -> str:
+    if rng.random() > ASKED_FIRST:
+        return ""
+    return pick(rng, FACTS[line.fact].questions).format(name=line.name)
 
 
 def _among(rng: np.random.Generator, claims: Sequence[Judged], unclear: Sequence[Judged]) -> list[Judged]:

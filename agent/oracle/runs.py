@@ -48,7 +48,8 @@ GLANCES, HAVE_LIBRARY, NOTES = 0.1, 0.5, 0.3
 """Shares of runs that begin with an overview; that have a library; and of the answers in these, that are noted."""
 
 FOLLOW_UPS, AGAIN, IN_VAIN = 4, 0.5, 0.2
-"""Questions behind the first; shares of runs in which one is about what was seen, and of those that have no answer."""
+"""Questions behind the first; share of runs in which the next one is about what was seen; share of the questions of
+when and where to in which the figure becomes one that is not there."""
 
 MISREADABLE = ("colour", "shape", "direction")
 CLOSER = 4.0
@@ -112,7 +113,7 @@ class Oracle:
 
     def _see(self, question: Question, key: Figure) -> None:
         if key in self._seen and not absent(question):
-            self._answer_seen(question.asked, key)
+            self._answer_seen(question, key)
             return
         what = description(question.asked, key.name)
         matches = self._matches(what, key, absent(question))
@@ -124,7 +125,7 @@ class Oracle:
                 self._seen[key] = seen, span
                 if question.asked in MISREADABLE and self.rng.random() < MISREAD:
                     self._misread(question.asked, key)
-                self._answer_seen(question.asked, key)
+                self._answer_seen(question, key)
                 return
         self._answer_nothing()
 
@@ -162,18 +163,18 @@ class Oracle:
         if self.has_library and self.rng.random() < NOTES:
             self._act("", "note", {"text": claim, "start": span[0], "end": span[1]}, lambda given: Shown(NOTED))
 
-    def _answer_seen(self, asked: str, key: Figure) -> None:
+    def _answer_seen(self, question: Question, key: Figure) -> None:
         """The span of the key is what was looked at, as good as it was found."""
         seen, (start, end) = self._seen[key]
         found = replace(key, span=(start, end))
-        claim = statement(asked, found)
+        claim, text = statement(question.asked, found), answer(question.asked, found)
         self._thought = claim  # said before the next call, whichever it is
         self._note(claim, found.span)
         if self.rng.random() < CHECKS:
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
-            shown = Shown(said, quoted=(claim,))
-            self._act("", "verify", {"claim": claim, "start": start, "end": end}, lambda given: shown)
-        self._answer(answer(asked, found), claim, seen)
+            shown, given = Shown(said, quoted=(text,)), {"claim": claim, "start": start, "end": end}
+            self._act("", "verify", {**given, "question": question.text}, lambda given: shown)
+        self._answer(text, claim, seen)
 
     def _misread(self, asked: str, key: Figure) -> None:
         """An answer that is not so, what the loop says to it, and a closer look."""
@@ -183,8 +184,9 @@ class Oracle:
         made = self._answer(answer(asked, wrong), self._thought, seen)
         claim = Claim(id=self.context.next_id(Claim), text=statement(asked, wrong), evidence=(seen,))
         self.context.append(claim)
-        shown = statement(asked, key)
-        judged = Judgement(claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=shown)
+        judged = Judgement(
+            claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=answer(asked, key)
+        )
         against = contradiction([claim], [judged], made.id)
         assert against is not None
         self.context.append(against)

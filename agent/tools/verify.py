@@ -1,7 +1,7 @@
 """Whether a span supports a claim: asked in a context that has seen neither the run nor its answer.
 
-The model first says what is shown of the claim, then what follows from that: to read something off frames is easier
-than to hold it against a sentence, and two sentences are easy to compare.
+Where it is known what the claim answers, the model first answers that itself, before it sees the claim: to read
+something off frames is easier than to hold frames against a sentence, and two answers are easy to compare.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FPS, MOST_FRAMES = 4.0, 64
 MARGIN = 1.0
 """Seconds around the span that are looked at, too: what begins or ends there is not taken for lasting."""
 
-SEEN_TOKENS = 48
+SEEN_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Check:
-    """verdict: the likeliest; support: the probability of support; seen: what is shown of it, in the model's words."""
+    """verdict: the likeliest; support: the probability of support; seen: the fresh answer, "" without a question."""
 
     verdict: Verdict
     support: float
@@ -41,43 +41,51 @@ class Verify:
     """The model's judgement of one claim, from frames and lines alone."""
 
     name: ClassVar[str] = "verify"
-    description: ClassVar[str] = "Checks with fresh eyes whether a span (seconds) supports a claim."
+    description: ClassVar[str] = (
+        "Checks with fresh eyes whether a span (seconds) supports a claim that answers a question."
+    )
 
     class Arguments(ToolArguments):
         claim: str = Field(min_length=1)
         start: float
         end: float
+        question: str = ""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
 
     def __call__(self, arguments: Verify.Arguments) -> Shown:
         span = checked_span(arguments.start, arguments.end, self._workspace.duration)
-        check = self.check(arguments.claim, [span])
+        check = self.check(arguments.claim, [span], arguments.question)
         text = f"{span[0]:.1f} to {span[1]:.1f}: {check.verdict} ({check.support:.2f})."
         return Shown(text, quoted=tuple(check.seen.splitlines()))
 
-    def check(self, claim: str, spans: Sequence[Span]) -> Check:
-        """The verdict over several spans: one that decides is enough, and support outweighs what is unclear."""
+    def check(self, claim: str, spans: Sequence[Span], question: str = "") -> Check:
+        """The verdict over several spans: one that decides is enough, and support outweighs what is unclear.
+
+        question: that the claim answers, "" where there is none.
+        """
         if not spans:
             return Check("unclear", 0.0, ())
-        found = [self._one(claim, span) for span in spans]
+        found = [self._one(claim, span, question) for span in spans]
         return replace(max(found, key=lambda each: each.decided).check, spans=tuple(spans))
 
-    def _one(self, claim: str, span: Span) -> _Judged:
-        known = (self.name, claim, span)
+    def _one(self, claim: str, span: Span, question: str) -> _Judged:
+        known = (self.name, claim, span, question)
         if known not in self._workspace.memo:
-            self._workspace.memo[known] = self._look(claim, span)
+            self._workspace.memo[known] = self._look(claim, span, question)
         judged: _Judged = self._workspace.memo[known]
         return judged
 
-    def _look(self, claim: str, span: Span) -> _Judged:
+    def _look(self, claim: str, span: Span, question: str) -> _Judged:
         duration = self._workspace.duration
         near = max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
         clip = self._workspace.look(near, fps=FPS, most=MOST_FRAMES)
-        session = self._workspace.asked(clip, prompts.shown(claim), quoted=lines_in(self._workspace, near))
-        seen = "".join(session.answer(SEEN_TOKENS)).strip()
-        session.read([{"role": "user", "content": prompts.VERDICT}])
+        first = question or prompts.claim(claim)
+        session, seen = self._workspace.asked(clip, first, quoted=lines_in(self._workspace, near)), ""
+        if question:
+            seen = "".join(session.answer(SEEN_TOKENS)).strip()
+            session.read([{"role": "user", "content": prompts.claim(claim)}])
         scores = session.log_likelihoods(prompts.VERDICTS)
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()

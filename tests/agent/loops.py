@@ -37,7 +37,7 @@ def maker(clip: Path, monkeypatch: pytest.MonkeyPatch) -> MakeLoop:
             monkeypatch.setattr(
                 Verify,
                 "check",
-                lambda self, claim, spans: Check(next(told), 0.5, tuple(spans), "It is green."),  # type: ignore[arg-type]
+                lambda self, claim, spans, question: Check(next(told), 0.5, tuple(spans), f"{question} Green."),  # type: ignore[arg-type]
             )
         return Loop(Workspace(video, scripted, tokenizer), **options)  # type: ignore[arg-type]
 

@@ -45,8 +45,8 @@ def test_a_contradicted_claim_goes_back_into_the_loop(make: MakeLoop) -> None:
     assert (result(entries).answer, result(entries).status) == ("red", "verified")
     assert [each.verdict for each in entries if isinstance(each, Judgement)] == ["contradict", "support"]
     told = next(each for each in entries if isinstance(each, Feedback) and "contradicts" in each.text)
-    assert "k1 (o1): It is blue." in told.text and told.quoted == "It is green."
-    assert [each.seen for each in entries if isinstance(each, Judgement)] == ["It is green."] * 2
+    assert "k1 (o1): It is blue." in told.text and told.quoted == "What moves? Green."
+    assert [each.seen for each in entries if isinstance(each, Judgement)] == ["What moves? Green."] * 2
 
 
 @pytest.mark.parametrize(("found", "verdicts", "status"), [(True, ["unclear"], "unverified"), (False, [], "not found")])

@@ -292,35 +292,39 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
             Ground(made.workspace).find(what, whole)
             assert said(raw, made) in asked
         for raw in claims_of(*made.about, np.random.default_rng(0)):
-            claim = claim_of(turns_of(raw)[0][0])
+            first = raw["messages"][0]["content"][-1]["text"].splitlines()[-1]
+            claim, question = (claim_of(first), "") if claim_of(first) else ("It is so.", first)
             for span in [each.span for each in (*made.script.figures, *made.script.lines)]:
-                Verify(made.workspace).check(claim, [span])
+                Verify(made.workspace).check(claim, [span], question)
             assert said(raw, made) in asked
 
 
-def judged(raw: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The claims of a row, what is shown of each, and the verdicts."""
-    turns = turns_of(raw)
-    for (question, shown), (second, verdict) in zip(turns[::2], turns[1::2], strict=True):
-        assert second == prompts.VERDICT
-        yield claim_of(question), shown, verdict
+def judged(raw: dict[str, Any]) -> Iterator[tuple[str, str, str | None, bool]]:
+    """The claims of a row, the verdicts, what is answered before, and whether that is learned."""
+    before, learned = None, True
+    for (question, said), message in zip(turns_of(raw), raw["messages"][1::2], strict=True):
+        if claim := claim_of(question):
+            assert "weight" not in message
+            yield claim, said, before, learned
+            before, learned = None, True
+        else:
+            before, learned = said, message.get("weight", 1) == 1
 
 
 def claim_of(question: str) -> str:
-    return question.partition("What is shown of this? ")[2]
+    return question.partition("Claim: ")[2]
 
 
 def test_claims_about_spans_are_so_where_the_figure_is_there_for_just_these_seconds(films: list[Made]) -> None:
     verdicts = []
     for made in (made for made in films if not made.question.read):
         for raw in (raw for seed in range(6) for raw in claims_of(*made.about, np.random.default_rng(seed))):
-            for claim, shown, verdict in judged(raw):
+            for claim, verdict, _, _ in judged(raw):
                 if (said := re.search(r"visible from ([0-9.]+) to ([0-9.]+)\.", claim)) is None:
                     continue
                 verdicts.append(verdict)
                 start, end = float(said[1]), float(said[2])
                 meant = [each for each in made.script.figures if subject_of(claim) <= {*each.name}]
-                assert shown.partition(" from ")[0] == claim.partition(" from ")[0]
                 shared = max(temporal_iou((start, end), each.span) for each in meant)
                 assert shared > 0.55 if verdict == "support" else shared < 0.45
                 times = raw["messages"][0]["content"][0]["times"]
@@ -336,16 +340,16 @@ def test_a_supported_claim_is_so_a_contradicted_one_is_not_and_an_unclear_one_is
         for raw in (raw for seed in range(3) for raw in claims_of(*made.about, np.random.default_rng(seed))):
             times = raw["messages"][0]["content"][0]["times"]
             seen = [each for each in made.script.figures if any(map(each.visible, times))]
-            for claim, shown, verdict in judged(raw):
+            for claim, verdict, said, learned in judged(raw):
                 if is_of_a_line(claim):
                     continue
+                assert said is None or learned == (verdict != "unclear")
                 counted[verdict] = counted.get(verdict, 0) + 1
                 about = [each for each in seen if subject_of(claim) <= {*each.name}]
                 assert len(about) == (0 if verdict == "unclear" else 1)
-                assert (shown == prompts.NOTHING) == (verdict == "unclear")
                 if " visible from " not in claim:
                     assert [holds(claim, each) for each in about] == [verdict == "support"] * len(about)
-                    assert all(holds(shown, each) for each in about)
+                    assert said is None or all(said in {*each.name, each.direction} for each in about)
     assert min(counted.values()) > 10 and len(counted) == 3
 
 
@@ -369,18 +373,20 @@ def holds(claim: str, figure: Any) -> bool:
 def test_claims_about_lines_follow_the_subtitles(films: list[Made]) -> None:
     made = next(made for made in films if made.kind == "said")
     said = {line.text for line in made.script.lines}
-    verdicts = []
+    verdicts: list[str] = []
+    at_first = 0
     for raw in (raw for seed in range(3) for raw in claims_of(*made.about, np.random.default_rng(seed))):
-        (quoted, *_) = raw["messages"][0]["content"][-1]["text"].partition("What is shown")
-        for claim, shown, verdict in judged(raw):
+        quoted = "\n".join(raw["messages"][0]["content"][-1]["text"].splitlines()[:-1])
+        for claim, verdict, answered, learned in judged(raw):
             if not is_of_a_line(claim):
                 continue
             assert {"support": claim in quoted, "contradict": claim not in said, "unclear": claim not in quoted}[
                 verdict
             ]
-            assert shown == prompts.NOTHING if verdict == "unclear" else shown in quoted
+            assert answered is None or learned == (verdict != "unclear") == (f"{answered}." in quoted)
+            at_first += answered is not None
             verdicts.append(verdict)
-    assert set(verdicts) == {"support", "contradict", "unclear"}
+    assert set(verdicts) == {"support", "contradict", "unclear"} and 0 < at_first < len(verdicts)
 
 
 @pytest.mark.parametrize("span", [(0.0, 0.8), (1.0, 2.0), (30.0, 33.2), (58.0, 60.0)])
