@@ -1,11 +1,13 @@
 """Whether a span supports a claim: asked in a context that has seen neither the run nor its answer.
 
 Where it is known what the claim answers, the model first answers that itself, before it sees the claim: to read
-something off frames is easier than to hold frames against a sentence, and two answers are easy to compare.
+something off frames is easier than to hold frames against a sentence. Where every word of that answer is in the claim,
+the two agree, and what the model leaves unclear counts as support.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
@@ -89,9 +91,15 @@ class Verify:
         scores = session.log_likelihoods(prompts.VERDICTS)
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
+        if (own := _words(seen)) and own <= _words(claim):
+            chances = np.array([chances[0] + chances[2], chances[1], 0.0])
         verdicts: tuple[Verdict, ...] = get_args(Verdict)
         check = Check(verdicts[int(chances.argmax())], float(chances[0]), (span,), seen)
         return _Judged(check, float(max(chances[0], chances[1])))
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,26 @@ def test_verify_asks_in_a_fresh_context_the_question_first_and_then_for_one_word
     assert (line.text in asked[0]) == (line.span[0] < 3.5 and line.span[1] > 1.0)  # a second around is seen, too
 
 
+@pytest.mark.parametrize(
+    ("said", "scores", "verdict", "support"),
+    [
+        ("Red.", [0.1, 0.2, 0.7], "support", 0.8),
+        ("red", [0.1, 0.6, 0.3], "contradict", 0.4),  # that it is not red, say
+        ("dark red", [0.1, 0.2, 0.7], "unclear", 0.1),
+        ("blue", [0.6, 0.2, 0.2], "support", 0.6),
+        ("?!", [0.1, 0.2, 0.7], "unclear", 0.1),
+    ],
+)
+def test_what_is_left_unclear_counts_as_support_where_the_fresh_answer_is_in_the_claim(
+    clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch,
+    said: str, scores: list[float], verdict: str, support: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Session, "log_likelihoods", lambda self, answers: np.log(scores))
+    scripted: Any = Scripted(model, tokenizer, [said])
+    check = Verify(Workspace(clip, scripted, tokenizer)).check("The circle is red.", [(0.0, 1.0)], "Which colour?")
+    assert (check.verdict, check.support) == (verdict, pytest.approx(support))
+
+
 def test_of_several_spans_one_that_decides_is_enough(
     clip: Path, model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
