@@ -148,6 +148,20 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     assert in_this_process == []
 
 
+def test_the_small_model_can_be_made_of_a_kept_one_alone(
+    small: Callable[[], None], in_this_process: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, tiny = tmp_path / "kept", tmp_path / "out/iv3-tiny"
+    write_start(kept / "distill-0-merged")
+    (kept / "steps.jsonl").write_text('{"step": "distill-0-merged", "seconds": 1.0}\n')
+    make = pipeline.make_tiny
+    monkeypatch.setattr(pipeline, "make_tiny", lambda base, out, overrides: make(base, out, overrides, ("iv3-tiny",)))
+    small()
+    assert [command[0] for command in in_this_process] == ["convert"]
+    steps = json.loads((tiny / "provenance.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == ["distill-0-merged", "iv3-tiny"]
+
+
 def test_a_step_that_fails_is_named_and_gone_on_with(
     small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

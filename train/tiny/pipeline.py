@@ -162,13 +162,20 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
 
 
 def provenance(log: Path) -> dict[str, Any]:
-    """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order."""
+    """What led to iv3-tiny: the world its data is from, and the commands of its seed's steps, in their order.
+
+    Of a step that was neither run here nor kept (`--only`) nothing is known, and it is left out.
+    """
     seed = SEEDS[0]
     first = f"{LAYOUTS[0]}-{RATIOS[0]}"
     chain = [f"{stage}-{seed}{end}" for stage in CHAIN for end in ("", MERGED) if not end or stage in LORAS]
     names = [first, f"{first}-cpt-{seed}", *chain, TINY]
     lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
-    return {"toy world": WORLD_VERSION, "base": "make tiny-base", "steps": [lines[name] for name in names]}
+    return {
+        "toy world": WORLD_VERSION,
+        "base": "make tiny-base",
+        "steps": [lines[name] for name in names if name in lines],
+    }
 
 
 def _begun(step: Step) -> bool:
