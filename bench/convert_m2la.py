@@ -1,4 +1,4 @@
-"""Converting a checkpoint of Qwen3-VL-8B's widths to M2LA: memory, by the number of layers.
+"""Converting a checkpoint of Qwen3-VL-8B's widths to M2LA: memory, by the number of layers. Linux only.
 
     python -m bench.convert_m2la [--layers 4,6] [--prompts 8] [--backend torch] [--work DIR]
 

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agent import prompts
-from agent.oracle.wording import absent, answer, description, false_told, fits, misread, moved, statement, told
+from agent.oracle.wording import absent, description, false_told, fits, misread, moved, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts
 from ivcore.video import Clip
-from train.toyworld.questions import Question, about
+from train.toyworld.questions import Question, about, answer_of
 from train.toyworld.score import span_text
 from train.toyworld.script import Line, Script, pick
 from train.toyworld.talks import shows_direction
@@ -99,12 +99,12 @@ def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.
     for span in looked:
         other = moved(span, rng)
         said = other if rng.random() < 0.5 and other[1] <= workspace.duration else span
-        near = _near(said, workspace)
+        near = verify.around(said, workspace.duration)
         clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
         claims = [*_of_spans(script, said, near, clip, rng), *_of_figures(script, near, clip, rng)]
         yield from _claims(claims, near, clip, workspace)
     for span in read:
-        near = _near(span, workspace)
+        near = verify.around(span, workspace.duration)
         clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
         yield from _claims(_of_lines(script, near, rng), near, clip, workspace)
 
@@ -139,11 +139,6 @@ def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np
         if closely and len(matching) == 1:
             start, end = matching[0].span
             yield prompts.when(what), span_text((max(start - window[0], 0.0), min(end, window[1]) - window[0]))
-
-
-def _near(span: Span, workspace: Workspace) -> Span:
-    """What `verify` looks at for a span."""
-    return max(span[0] - verify.MARGIN, 0.0), min(span[1] + verify.MARGIN, workspace.duration)
 
 
 def _claims(claims: Sequence[Judged], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
@@ -186,7 +181,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
                 said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
                 verdict = "support" if said == figure else "contradict"
                 asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""
-                claims.append(Judged(statement(kind, said), verdict, asked, answer(kind, figure)))
+                claims.append(Judged(statement(kind, said), verdict, asked, answer_of(kind, figure)))
     gone = []
     for index in rng.permutation(len(NAMES)).tolist():
         kind, name = pick(rng, ASKED), NAMES[index]
@@ -194,7 +189,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
             figure = replace(script.figures[0], name=name)
             said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
             asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""
-            gone.append(Judged(statement(kind, figure), "unclear", asked, answer(kind, said), learned=False))
+            gone.append(Judged(statement(kind, figure), "unclear", asked, answer_of(kind, said), learned=False))
     return _among(rng, claims, gone)
 
 

@@ -23,7 +23,7 @@ from agent.answering import Answering, contradiction
 from agent.calls import parse, written
 from agent.context import Context
 from agent.entries import Call, Claim, Entry, Feedback, Instruction, Judgement, Observation, Reasoning
-from agent.oracle.wording import absent, answer, description, fits, misread, statement, told
+from agent.oracle.wording import absent, description, fits, misread, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground
 from agent.tools.look import Look, Overview
@@ -31,7 +31,7 @@ from agent.tools.memory import NOTED
 from agent.tools.tool import Shown, call
 from agent.tools.transcribe import Transcript
 from agent.workspace import Workspace
-from train.toyworld.questions import NOT_THERE, Question, about, in_vain
+from train.toyworld.questions import NOT_THERE, Question, about, answer_of, in_vain
 from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Script, pick
 from train.toyworld.talks import unambiguous
@@ -167,7 +167,7 @@ class Oracle:
         """The span of the key is what was looked at, as good as it was found."""
         seen, (start, end) = self._seen[key]
         found = replace(key, span=(start, end))
-        claim, text = statement(question.asked, found), answer(question.asked, found)
+        claim, text = statement(question.asked, found), answer_of(question.asked, found)
         self._thought = claim  # said before the next call, whichever it is
         self._note(claim, found.span)
         if self.rng.random() < CHECKS:
@@ -181,11 +181,11 @@ class Oracle:
         wrong, (seen, (start, end)) = misread(asked, key, self.rng), self._seen[key]
         self._slips.add(len(self.context.messages()))
         self._thought = statement(asked, wrong)
-        made = self._answer(answer(asked, wrong), self._thought, seen)
+        made = self._answer(answer_of(asked, wrong), self._thought, seen)
         claim = Claim(id=self.context.next_id(Claim), text=statement(asked, wrong), evidence=(seen,))
         self.context.append(claim)
         judged = Judgement(
-            claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=answer(asked, key)
+            claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=answer_of(asked, key)
         )
         against = contradiction([claim], [judged], made.id)
         assert against is not None

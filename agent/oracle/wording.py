@@ -51,11 +51,6 @@ def misread(asked: str, figure: Figure, rng: np.random.Generator) -> Figure:
     return replace(figure, direction=pick(rng, [each for each in DIRECTIONS if each != figure.direction]))
 
 
-def answer(asked: str, figure: Figure) -> str:
-    """What is asked about a figure."""
-    return {**figure.name._asdict(), "direction": figure.direction, "when": span_text(figure.span)}[asked]
-
-
 def false_told(line: Line, rng: np.random.Generator) -> str:
     """What a line does not say."""
     value = pick(rng, [each for each in FACTS[line.fact].values if each != line.value])

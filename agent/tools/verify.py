@@ -80,8 +80,7 @@ class Verify:
         return judged
 
     def _look(self, claim: str, span: Span, question: str) -> _Judged:
-        duration = self._workspace.duration
-        near = max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
+        near = around(span, self._workspace.duration)
         clip = self._workspace.look(near, fps=FPS, most=MOST_FRAMES)
         first = question or prompts.claim(claim)
         session, seen = self._workspace.asked(clip, first, quoted=lines_in(self._workspace, near)), ""
@@ -96,6 +95,11 @@ class Verify:
         verdicts: tuple[Verdict, ...] = get_args(Verdict)
         check = Check(verdicts[int(chances.argmax())], float(chances[0]), (span,), seen)
         return _Judged(check, float(max(chances[0], chances[1])))
+
+
+def around(span: Span, duration: float) -> Span:
+    """What is looked at for a span of a video of so many seconds."""
+    return max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
 
 
 def _words(text: str) -> set[str]:

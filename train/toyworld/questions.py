@@ -132,6 +132,11 @@ def about(rng: np.random.Generator, kind: str, figure: Figure) -> Question:
     return _about(rng, kind, kind, figure, _WORDINGS[kind])
 
 
+def answer_of(asked: str, figure: Figure) -> str:
+    """What a question of a plain kind about a figure is answered with."""
+    return {**figure.name._asdict(), "direction": figure.direction, "when": span_text(figure.span)}[asked]
+
+
 def in_vain(question: Question) -> Question:
     """The same, of a figure that is not there."""
     choices = (*question.choices, NOT_THERE) if question.choices else ()
@@ -140,9 +145,8 @@ def in_vain(question: Question) -> Question:
 
 def _about(rng: np.random.Generator, kind: str, asked: str, key: Figure, wordings: Sequence[str]) -> Question:
     """What is asked about one figure: its colour, shape or direction, or when it is there."""
-    answers = {**key.name._asdict(), "direction": key.direction, "when": span_text(key.span)}
     text = pick(rng, wordings).format(**key.name._asdict())
-    return Question(kind, text, answers[asked], _CHOICES.get(asked, ()), key.span, asked=asked)
+    return Question(kind, text, answer_of(asked, key), _CHOICES.get(asked, ()), key.span, asked=asked)
 
 
 def _rare(rng: np.random.Generator, script: Script) -> Question:
