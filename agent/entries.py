@@ -93,8 +93,8 @@ class Call(_Entry):
 
 
 class Feedback(_Entry):
-    """What came of a call. text: by the tool; quoted: lines by others that are no observation. problem: what was wrong
-    with the call, for the model and the reader."""
+    """What came of a call. text: by the tool; quoted: lines by others, or of a fresh look, that are no observation.
+    problem: what was wrong with the call, for the model and the reader."""
 
     kind: Literal["feedback"] = "feedback"
     call: str

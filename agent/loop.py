@@ -174,7 +174,7 @@ class Loop:
         if shown.frames is not None:
             self._held[name] = shown.frames
         yield Observation(id=name, source=made.name, span=shown.span, times=shown.times, text=quoted)
-        yield Feedback(call=made.id, text=shown.text, observation=name)
+        yield Feedback(call=made.id, text=shown.text, quoted=shown.answered, observation=name)
 
     def _answer(self, made: Call, arguments: Answering.Arguments) -> Iterator[Entry]:
         claims: list[Claim] = []

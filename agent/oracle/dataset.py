@@ -69,15 +69,15 @@ def film(folder: Path, seed: int, kind: str, duration: float) -> tuple[Script, P
 
 
 def _rows(folder: Path, seed: int) -> dict[str, list[str]]:
-    rng = random_of(seed, 5)
-    script, path = film(folder, seed, kind_of(seed, SHARES), pick(rng, DURATIONS))
+    script, path = film(folder, seed, kind_of(seed, SHARES), pick(random_of(seed, 5), DURATIONS))
     question = ask(script)
     workspace = Workspace(path, None, None)  # type: ignore[arg-type]  # nothing here asks a model
+    about, by_chance = (script, question, workspace), [random_of(seed, 5, number) for number in (1, 2, 3)]
     rows: dict[str, list[dict[str, Any]]] = {
-        "runs": [_run(Oracle(script, question, workspace, rng), script)],
-        "windows": list(windows_of(script, question, workspace, rng)),
-        "claims": list(claims_of(script, question, workspace, rng)),
-        "questions": [question_of(script, question, workspace)],
+        "runs": [_run(Oracle(*about, by_chance[0]), script)],
+        "windows": list(windows_of(*about, by_chance[1])),
+        "claims": list(claims_of(*about, by_chance[2])),
+        "questions": [question_of(*about)],
     }
     return {name: [f"{json.dumps({**row, 'seed': seed})}\n" for row in each] for name, each in rows.items()}
 

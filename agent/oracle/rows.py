@@ -24,7 +24,7 @@ from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts
 from ivcore.video import Clip
-from train.toyworld.questions import Question, about, answer_of
+from train.toyworld.questions import NOT_THERE, Question, about, answer_of
 from train.toyworld.score import span_text
 from train.toyworld.script import Line, Script, pick
 from train.toyworld.talks import shows_direction
@@ -37,7 +37,7 @@ WINDOWS_WITHOUT = 2
 PARTS = 0.3
 """Share of the parts of these that are asked about."""
 
-MOST_LOOKED_FOR, MOST_CLAIMS = 8, 8
+MOST_LOOKED_FOR, MOST_CLAIMS = 12, 8
 """Of a row."""
 
 LOOKS, READS = 5, 1
@@ -65,16 +65,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and its verdict; question, answer: what a fresh look is asked first, if anything, and says.
-
-    learned: whether that answer is: there is none to a question about what is not there.
-    """
+    """A claim and its verdict; question, answer: what a fresh look is asked first, if anything, and says."""
 
     claim: str
     verdict: str
     question: str = ""
     answer: str = ""
-    learned: bool = True
 
 
 def windows_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
@@ -143,17 +139,11 @@ def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np
 
 def _claims(claims: Sequence[Judged], near: Span, clip: Clip, workspace: Workspace) -> Iterator[Row]:
     turns: list[Turn] = []
-    unlearned: list[int] = []
     for each in claims[:MOST_CLAIMS]:
-        if each.question:
-            unlearned += [] if each.learned else [len(turns)]
-            turns.append((each.question, each.answer))
+        turns += [(each.question, each.answer)] if each.question else []
         turns.append((prompts.claim(each.claim), each.verdict))
     if turns:
-        row = _row("claim", workspace, clip, turns, lines_in(workspace, near))
-        for place in unlearned:
-            row["messages"][2 * place + 1]["weight"] = 0
-        yield row
+        yield _row("claim", workspace, clip, turns, lines_in(workspace, near))
 
 
 def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random.Generator) -> list[Judged]:
@@ -187,9 +177,8 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
         kind, name = pick(rng, ASKED), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
             figure = replace(script.figures[0], name=name)
-            said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
             asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""
-            gone.append(Judged(statement(kind, figure), "unclear", asked, answer_of(kind, said), learned=False))
+            gone.append(Judged(statement(kind, figure), "unclear", asked, NOT_THERE))
     return _among(rng, claims, gone)
 
 
@@ -201,7 +190,7 @@ def _of_lines(script: Script, near: Span, rng: np.random.Generator) -> list[Judg
         said, verdict = (told(line), "support") if rng.random() < 0.5 else (false_told(line, rng), "contradict")
         claims.append(Judged(said, verdict, _asked_of(line, rng), line.value))
     for line in _drawn(rng, unread, len(unread)):
-        gone.append(Judged(told(line), "unclear", _asked_of(line, rng), line.value, learned=False))
+        gone.append(Judged(told(line), "unclear", _asked_of(line, rng), NOT_THERE))
     return _among(rng, claims, gone)
 
 

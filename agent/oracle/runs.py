@@ -1,11 +1,11 @@
 """A run as it should be: what a question takes is known from the script, and the tools that look do look.
 
-- `look`, `overview` and `transcript` run on the rendered film. What `ground` and `verify` would say is made of the
-  script, with the slips of a model: spans that are a little off, a first match that is another figure, or nothing.
-- A run goes on from a slip as it should: it looks, sees that this is not it, and tries the next one. Sometimes it
-  misreads what it sees, is contradicted, and looks more closely; the misreading itself is nothing to learn from.
+- `look`, `overview` and `transcript` run on the rendered film. What fresh looks would say is made of the script, with
+  the slips of a model: spans that are a little off, a first match that is another figure, or nothing.
+- A run goes on from a slip as it should: it asks of what it looks at, hears that this is not it, and tries the next
+  one. Sometimes a look misreads, which the check of the answer contradicts, and it looks more closely.
 - More questions follow in the same context, as in `iv3 chat`: a run is long, and what there is to learn from one answer
-  is short. What was seen before is answered without another look.
+  is short. What was seen before is looked at again without searching for it.
 - Half of the runs have a library, and some of these note what they have found.
 """
 
@@ -35,7 +35,7 @@ from train.toyworld.questions import NOT_THERE, Question, about, answer_of, in_v
 from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Script, pick
 from train.toyworld.talks import unambiguous
-from train.toyworld.words import NAMES
+from train.toyworld.words import NAMES, Name
 
 SLIP = 0.2
 """Seconds by which an edge of a match is off, at most."""
@@ -51,9 +51,11 @@ FOLLOW_UPS, AGAIN, IN_VAIN = 4, 0.5, 0.2
 """Questions behind the first; share of runs in which the next one is about what was seen; share of the questions of
 when and where to in which the figure becomes one that is not there."""
 
-MISREADABLE = ("colour", "shape", "direction")
-CLOSER = 4.0
-"""Frames a second of the look after a contradiction."""
+READ_OFF = ("colour", "shape", "direction")
+"""What a look is asked itself; when something is there, `ground` has said."""
+
+CLOSELY, CLOSER = 4.0, 8.0
+"""Frames a second of a look that is asked something, and of that after a contradiction."""
 
 
 @dataclass
@@ -67,8 +69,7 @@ class Oracle:
     context: Context = field(init=False)
     has_library: bool = field(init=False)
     _thought: str = field(init=False, default="")
-    _slips: set[int] = field(init=False, default_factory=set)  # places of messages that are nothing to learn from
-    _seen: dict[Figure, tuple[str, Span]] = field(init=False, default_factory=dict)
+    _seen: dict[Figure, Span] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.has_library = self.rng.random() < HAVE_LIBRARY
@@ -88,8 +89,7 @@ class Oracle:
         for question, figure in self._others(follow_ups):
             self.context.append(Instruction(text=question.text))
             self._see(question, figure)
-        messages = self.context.messages()
-        return [{**each, "weight": 0} if place in self._slips else each for place, each in enumerate(messages)]
+        return self.context.messages()
 
     def _others(self, most: int) -> list[tuple[Question, Figure]]:
         """Questions about figures that can be told apart: first, of some runs, one about the figure that was seen."""
@@ -113,6 +113,7 @@ class Oracle:
 
     def _see(self, question: Question, key: Figure) -> None:
         if key in self._seen and not absent(question):
+            self._look(self._seen[key], question, key.name, key, "")
             self._answer_seen(question, key)
             return
         what = description(question.asked, key.name)
@@ -120,13 +121,17 @@ class Oracle:
         shown = Shown(_matched(matches)) if matches else Shown(self._in_vain())
         self._act(f"Where is the {what}?", "ground", {"description": what}, lambda given: shown)
         for number, (span, _) in enumerate(matches):
-            seen = self._look(span, first=number == 0)
-            if not absent(question) and overlap(span, key.span):
-                self._seen[key] = seen, span
-                if question.asked in MISREADABLE and self.rng.random() < MISREAD:
-                    self._misread(question.asked, key)
-                self._answer_seen(question, key)
-                return
+            thought = f"{'That is not it. ' if number else ''}It may be there from {span_text(span)}."
+            if absent(question) or not overlap(span, key.span):
+                self._look(span, question, key.name, None, thought)
+                continue
+            self._seen[key] = span
+            if question.asked in READ_OFF and self.rng.random() < MISREAD:
+                self._misread(question, key, thought)
+            else:
+                self._look(span, question, key.name, key, thought)
+            self._answer_seen(question, key)
+            return
         self._answer_nothing()
 
     def _matches(self, what: str, key: Figure, is_absent: bool) -> list[tuple[Span, float]]:
@@ -151,13 +156,19 @@ class Oracle:
         start, end = (round(edge + float(self.rng.uniform(-SLIP, SLIP)), 1) for edge in span)
         return max(start, 0.0), min(max(end, round(start + 0.5, 1)), self.script.duration)
 
-    def _look(self, span: Span, *, first: bool) -> str:
-        thought = f"{'' if first else 'That is not it. '}It may be there from {span_text(span)}."
-        return self._looked(thought, {"start": span[0], "end": span[1]})  # as `ground` says it: not to be reckoned
-
-    def _looked(self, thought: str, given: dict[str, float]) -> str:
-        self._act(thought, "look", given, lambda arguments: call(Look(self.workspace), arguments))
-        return self._last_seen()
+    def _look(
+        self, span: Span, question: Question, name: Name, key: Figure | None, thought: str, fps: float = CLOSELY
+    ) -> None:
+        """Look at a span, as `ground` says it, and ask about what is there: the question, or of one of when, whether it
+        is that at all. key: what a look sees of what is asked about, if anything."""
+        if question.asked in READ_OFF:
+            asked, answered = question.text, answer_of(question.asked, key) if key else NOT_THERE
+        else:
+            asked = prompts.is_visible(description(question.asked, name))
+            answered = prompts.YES_NO[key is None]
+        given = {"start": span[0], "end": span[1], "fps": fps}
+        shown = replace(call(Look(self.workspace), given), answered=answered)
+        self._act(thought, Look.name, {**given, "question": asked}, lambda given: shown)
 
     def _note(self, claim: str, span: Span) -> None:
         if self.has_library and self.rng.random() < NOTES:
@@ -165,7 +176,7 @@ class Oracle:
 
     def _answer_seen(self, question: Question, key: Figure) -> None:
         """The span of the key is what was looked at, as good as it was found."""
-        seen, (start, end) = self._seen[key]
+        start, end = self._seen[key]
         found = replace(key, span=(start, end))
         claim, text = statement(question.asked, found), answer_of(question.asked, found)
         self._thought = claim  # said before the next call, whichever it is
@@ -174,23 +185,23 @@ class Oracle:
             said = f"{start:.1f} to {end:.1f}: support ({float(self.rng.uniform(0.7, 1.0)):.2f})."
             shown, given = Shown(said, quoted=(text,)), {"claim": claim, "start": start, "end": end}
             self._act("", "verify", {**given, "question": question.text}, lambda given: shown)
-        self._answer(text, claim, seen)
+        self._answer(text, claim, self._last_seen())
 
-    def _misread(self, asked: str, key: Figure) -> None:
-        """An answer that is not so, what the loop says to it, and a closer look."""
-        wrong, (seen, (start, end)) = misread(asked, key, self.rng), self._seen[key]
-        self._slips.add(len(self.context.messages()))
-        self._thought = statement(asked, wrong)
-        made = self._answer(answer_of(asked, wrong), self._thought, seen)
-        claim = Claim(id=self.context.next_id(Claim), text=statement(asked, wrong), evidence=(seen,))
+    def _misread(self, question: Question, key: Figure, thought: str) -> None:
+        """What a look has misread becomes the answer, the loop contradicts it, and a closer look follows."""
+        wrong, span = misread(question.asked, key, self.rng), self._seen[key]
+        self._look(span, question, key.name, wrong, thought)
+        text = self._thought = statement(question.asked, wrong)
+        made = self._answer(answer_of(question.asked, wrong), text, self._last_seen())
+        claim = Claim(id=self.context.next_id(Claim), text=text, evidence=(self._last_seen(),))
         self.context.append(claim)
         judged = Judgement(
-            claim=claim.id, verdict="contradict", spans=((start, end),), support=0.0, seen=answer_of(asked, key)
+            claim=claim.id, verdict="contradict", spans=(span,), support=0.0, seen=answer_of(question.asked, key)
         )
         against = contradiction([claim], [judged], made.id)
         assert against is not None
         self.context.append(against)
-        self._seen[key] = self._looked("", {"start": start, "end": end, "fps": CLOSER}), (start, end)
+        self._look(span, question, key.name, key, "", CLOSER)
 
     def _read(self) -> None:
         self._act("What is said?", "transcript", {}, lambda given: call(Transcript(self.workspace), given))
@@ -237,7 +248,7 @@ class Oracle:
             id=self.context.next_id(Observation), source=name, span=shown.span, times=shown.times, text=quoted
         )
         self.context.append(seen)
-        self.context.append(Feedback(call=made.id, text=shown.text, observation=seen.id))
+        self.context.append(Feedback(call=made.id, text=shown.text, quoted=shown.answered, observation=seen.id))
 
     def _last_seen(self) -> str:
         return list(self.context.of(Observation))[-1].id

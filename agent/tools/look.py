@@ -8,9 +8,11 @@ from pydantic import Field
 
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
+from ivcore.video import Clip
 
 GLANCE = 8
 MOST_FRAMES = 64
+ANSWER_TOKENS = 32
 
 
 class Overview:
@@ -35,15 +37,21 @@ class Overview:
 
 
 class Look:
-    """Frames of a span at a chosen rate."""
+    """Frames of a span at a chosen rate, and what a fresh look at them answers to a question.
+
+    A context that has seen nothing else is better at reading something off a few frames than a run that has grown long.
+    """
 
     name: ClassVar[str] = "look"
-    description: ClassVar[str] = "Shows the frames of a span (seconds), 2 a second unless fps says otherwise."
+    description: ClassVar[str] = (
+        "Shows the frames of a span (seconds), 2 a second unless fps says otherwise, and answers a question about them."
+    )
 
     class Arguments(ToolArguments):
         start: float
         end: float
         fps: float = Field(default=2.0, gt=0, le=30)
+        question: str = ""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -54,4 +62,12 @@ class Look:
         wanted = (span[1] - span[0]) * arguments.fps
         fewer = f" (at most {MOST_FRAMES} at once)" if wanted > MOST_FRAMES + 1 else ""
         text = f"{len(clip.timestamps)} frames of {span[0]:.1f} to {span[1]:.1f}{fewer}."
-        return Shown(text, span=span, frames=clip.frames, times=clip.timestamps)
+        answered = self._answered(clip, arguments.question) if arguments.question else ""
+        return Shown(text, span=span, frames=clip.frames, times=clip.timestamps, answered=answered)
+
+    def _answered(self, clip: Clip, question: str) -> str:
+        known = (self.name, clip.timestamps, question)
+        if known not in self._workspace.memo:
+            session = self._workspace.asked(clip, question)
+            self._workspace.memo[known] = "".join(session.answer(ANSWER_TOKENS)).strip()
+        return str(self._workspace.memo[known])

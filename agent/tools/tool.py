@@ -38,7 +38,8 @@ class Shown:
     """What a tool gives back.
 
     text: for the model, written by the tool itself. quoted: lines by others, shown as data. span: what was looked at,
-    where frames or lines of it are evidence. frames: uint8 (N, H, W, 3) at `times`, seconds of the video.
+    where frames or lines of it are evidence. frames: uint8 (N, H, W, 3) at `times`, seconds of the video. answered:
+    what a fresh look says about them, shown as data, too, but no evidence.
     """
 
     text: str = ""
@@ -46,6 +47,7 @@ class Shown:
     span: Span | None = None
     frames: np.ndarray | None = field(default=None, repr=False)
     times: tuple[float, ...] = ()
+    answered: str = ""
 
     @property
     def is_evidence(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from agent.tools.verify import Verify
 from agent.workspace import Workspace
 from ivcore.backend import load
 from ivcore.tokenizer import Tokenizer
-from ivcore.video import decode
+from ivcore.video import Clip, decode
 from tests.agent.scripted import Scripted
 from train.toyworld.compose import make_script
 from train.toyworld.render import write_clip
@@ -80,6 +80,27 @@ def test_look_shows_the_frames_that_decoding_gives_at_their_times(clip: Path) ->
     np.testing.assert_array_equal(shown.frames, there.frames)
     assert shown.times == there.timestamps and len(shown.times) == 12
     assert shown.text == "12 frames of 2.0 to 5.0."
+
+
+def test_a_look_that_is_asked_something_answers_it_of_its_frames_alone(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[tuple[float, ...], str]] = []
+
+    class Answers:
+        def answer(self, most: int) -> Iterator[str]:
+            return iter((" a red", " circle\n"))
+
+    def ask_nobody(self: Workspace, seen: Clip, question: str, **_: Any) -> Answers:
+        asked.append((seen.timestamps, question))
+        return Answers()
+
+    monkeypatch.setattr(Workspace, "asked", ask_nobody)
+    look = Look(about(clip))
+    shown = [call(look, {"start": 2, "end": 5.0, "question": "What is it?"}) for _ in range(2)]
+    assert [each.answered for each in shown] == ["a red circle"] * 2 and shown[0].quoted == ()
+    assert asked == [(shown[0].times, "What is it?")]  # the second time it is known
+    assert call(look, {"start": 2, "end": 5.0}).answered == "" and len(asked) == 1
 
 
 @settings(max_examples=25)
