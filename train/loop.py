@@ -303,6 +303,8 @@ class Loop:
 
 def write_model(trainer: Trainer, base: Path, folder: Path) -> None:
     """A fully trained checkpoint, with the tokenizer and the configs of the one it began from."""
+    if not base.is_dir():
+        raise TrainingError(f"{base} is gone, and with it the tokenizer of the model; put it back, and use --resume.")
     write_checkpoint(folder, trainer.model.config.to_dict(), trainer.specs(), trainer.tensors())
     for file in side_files(base):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from convert.plan import Options
 from convert.run import convert
-from ivcore.errors import ConfigError
+from ivcore.errors import ConfigError, TrainingError
 from ivcore.shards import Checkpoint, write_checkpoint
+from train.loop import train
 from train.recipe_file import read_recipe
 
 RECIPE = 'stage = "sft"\nsteps = 4\n[learning_rate]\npeak = 1e-4\n[lora]\nrank = 3\n'
@@ -364,3 +366,18 @@ def test_clips_can_be_cached_for_several_runs_outside_of_them(runs: Any, tmp_pat
         assert not (tmp_path / name / "clips").exists()
         kept.append({file.name: file.stat().st_ino for file in (tmp_path / "cache").glob("*.clip")})
     assert kept[0] and kept[1] == kept[0]
+
+
+def test_a_base_that_is_gone_at_the_end_is_one_sentence_and_put_back_the_run_is_finished(
+    runs: Any, texts: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer belongs to the model that is written."""
+    base, elsewhere = tmp_path / "base", tmp_path / "elsewhere"
+    shutil.copytree(runs.MICRO, base)
+    job = runs.job(tmp_path / "run", texts, model=base, full=True)
+    with pytest.raises(TrainingError) as caught:
+        train(job, on_progress=lambda step, steps, metrics: base.rename(elsewhere) if step == steps else None)
+    assert f"{base} is gone" in runs.one_sentence(str(caught.value)) and not (tmp_path / "run/model").exists()
+    elsewhere.rename(base)
+    train(job, resume=True)
+    assert (tmp_path / "run/model/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
