@@ -52,6 +52,9 @@ ASKED_FIRST = 0.8
 MATCHES = 0.4, 0.6
 """IoU up to which a span is not that of a figure, and from which it is."""
 
+BRIEF = 0.1
+"""Seconds of a figure in a window from which on it is asked when it is there: a shorter span is none when rounded."""
+
 ASKED = ("colour", "shape", "direction")
 """Kinds of question, each of which names what it is about in another way."""
 
@@ -81,8 +84,9 @@ def windows_of(script: Script, question: Question, workspace: Workspace, rng: np
     for window in [*there, *(others[index] for index in rng.permutation(len(others))[:WINDOWS_WITHOUT])]:
         parts = [part for part in ground.parts_of(window) if rng.random() < PARTS]
         for span in (window, *parts):
-            clip = workspace.look(span, fps=ground.FPS, most=int(ground.WINDOW * ground.FPS))
-            if turns := list(_looked_for(script, span, clip, span != window, rng)):
+            closely = span != window
+            clip = workspace.look(span, fps=ground.FINE_FPS if closely else ground.FPS, most=ground.MOST_FRAMES)
+            if turns := list(_looked_for(script, span, clip, closely, rng)):
                 yield _row("window", workspace, clip, turns, origin=span[0])
 
 
@@ -121,18 +125,26 @@ def question_of(script: Script, question: Question, workspace: Workspace) -> Row
 def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np.random.Generator) -> Iterator[Turn]:
     """As much that is there, the key before others, as is not; a close look is asked for the span, too.
 
-    Of what is there each has another name: from one answer the next must not follow.
+    Of what is there each has another name, and the same kinds of words say what is not: no answer must follow from
+    another one, or from the words alone.
     """
     near = [each for each in script.figures if overlap(each.span, window)]
     seen = {each.name for each in near if any(map(each.visible, clip.timestamps))}
     names = sorted(_drawn(rng, sorted(seen), len(seen)), key=lambda name: name != script.keys[0].name)
-    there = [description(ASKED[int(rng.integers(len(ASKED)))], name) for name in names[: MOST_LOOKED_FOR // 2]]
-    words = dict.fromkeys(description(asked, name) for name in NAMES for asked in ASKED)
-    gone = [what for what in words if not any(fits(what, each.name) for each in near)]
-    for what in _drawn(rng, [*dict.fromkeys(there), *_drawn(rng, gone, len(there))], MOST_LOOKED_FOR):
+    words = {kind: list(dict.fromkeys(description(kind, name) for name in NAMES)) for kind in ASKED}
+    left = {
+        kind: [what for what in each if not any(fits(what, one.name) for one in near)] for kind, each in words.items()
+    }
+    asked: list[str] = []
+    for name in names:
+        kinds = [kind for kind in ASKED if left[kind] and description(kind, name) not in asked]
+        if kinds and len(asked) < MOST_LOOKED_FOR:
+            kind = pick(rng, kinds)
+            asked += [description(kind, name), left[kind].pop(int(rng.integers(len(left[kind]))))]
+    for what in _drawn(rng, asked, MOST_LOOKED_FOR):
         matching = [each for each in near if fits(what, each.name)]
         yield prompts.is_visible(what), prompts.YES_NO[not matching]
-        if closely and len(matching) == 1:
+        if closely and len(matching) == 1 and overlap(matching[0].span, window) > BRIEF:
             start, end = matching[0].span
             yield prompts.when(what), span_text((max(start - window[0], 0.0), min(end, window[1]) - window[0]))
 

@@ -21,19 +21,20 @@ from agent.spans import Span, first_span, overlap
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
 
-FPS = 2.0
-"""What Qwen3-VL samples a video at, so a window is like the clips that a model has learned from."""
-
 WINDOW, OVERLAP = 16.0, 4.0
+FPS = 1.0
+"""Enough to see whether something is there, at half of what Qwen3-VL samples a video at."""
+
 CANDIDATES = 3
-FINE_WINDOW, FINE_OVERLAP = 4.0, 2.0
-"""Of the windows into which a candidate is cut."""
+FINE_WINDOW, FINE_OVERLAP, FINE_FPS = 4.0, 2.0, 2.0
+"""Of the windows into which a candidate is cut, like the clips that a model has learned from."""
 
 EDGE = 0.6
 """Seconds from its window's edge from which on a match may go on behind it: more than the time between two frames."""
 
 PRESENT = 0.5
 YES_TOKENS, ANSWER_TOKENS = 4, 16
+MOST_FRAMES = int(WINDOW * FPS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Ground:
 
     def _look(self, description: str, window: Span, closely: bool) -> Found:
         """closely: whether it matters where in the window it is, and not only whether it is there."""
-        clip = self._workspace.look(window, fps=FPS, most=int(WINDOW * FPS))
+        clip = self._workspace.look(window, fps=FINE_FPS if closely else FPS, most=MOST_FRAMES)
         session = self._workspace.asked(clip, prompts.is_visible(description), origin=window[0])
         yes, no = session.log_likelihoods(prompts.YES_NO, whole=False)
         probability = float(1 / (1 + np.exp(no - yes)))

@@ -34,7 +34,7 @@ from train.tiny.template import terse_template
 from train.toyworld.questions import NOT_THERE, Question, ask
 from train.toyworld.score import is_right, parse_span
 from train.toyworld.script import Script, random_of, seeds
-from train.toyworld.words import DIRECTIONS
+from train.toyworld.words import COLOURS, DIRECTIONS
 
 LONG_ENOUGH = 0.9
 """Seconds of a key of which more than half is seen whatever the slips."""
@@ -275,6 +275,22 @@ def test_windows_say_what_is_there_and_what_is_not_and_close_ones_when_in_second
                 assert overlap(seen, figure.span) > 0.9 * (seen[1] - seen[0]) - 0.1  # a tenth is lost to rounding
                 assert span[0] >= 0 and seen[1] <= times[-1] + 1.2 and times[-1] - times[0] < FINE_WINDOW
     assert min(said.values()) > 50 and 0.8 < said["yes"] / said["no"] < 1.25
+
+
+def test_whether_something_is_there_does_not_follow_from_the_words(films: list[Made]) -> None:
+    """Colours, shapes and whole names are as often there as not, in long windows and in short ones."""
+    said: dict[tuple[bool, str], list[bool]] = {}
+    for made in films:
+        for raw in (raw for seed in range(3) for raw in windows_of(*made.about, np.random.default_rng(seed))):
+            times = raw["messages"][0]["content"][0]["times"]
+            for question, answer in turns_of(raw):
+                if answer in prompts.YES_NO:
+                    words = looked_for(question)
+                    form = "name" if len(words) > 1 else "colour" if words <= set(COLOURS) else "shape"
+                    said.setdefault((times[-1] - times[0] < FINE_WINDOW, form), []).append(answer == "yes")
+    assert len(said) == 6
+    for form, answers in said.items():
+        assert len(answers) > 20 and 0.4 < np.mean(answers) < 0.6, (form, len(answers), np.mean(answers))
 
 
 def test_of_one_answer_the_next_does_not_follow_and_the_key_is_asked_about_where_it_is(films: list[Made]) -> None:
