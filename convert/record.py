@@ -179,7 +179,7 @@ _NOTE = {"what": str, "name": str, "sha256": str, "nbytes": int, "tensors": dict
 
 
 def request_of(plan: Plan) -> dict[str, Any]:
-    """What is asked: source, revision, options and versions, and the identity of what is read, headers hashed."""
+    """What is asked: source, revision, options and versions, and the identity of what is read, its ends hashed."""
     options = asdict(plan.options)
     del options["adapter"]
     adapter = {file.name: sha256_of(file) for file in plan.adapter.files} if plan.adapter else None
@@ -189,23 +189,23 @@ def request_of(plan: Plan) -> dict[str, Any]:
         "options": options | {"keep": list(plan.options.keep)},
         "adapter": adapter,
         "versions": versions(),
-        "inputs": headers_of(plan.source),
+        "inputs": ends_of(plan.source),
         "config_sha256": hashlib.sha256(json.dumps(plan.config, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def headers_of(source: Source) -> dict[str, dict[str, Any]]:
-    """What tells one source from another without reading it whole: of every shard the size and its header's SHA-256."""
-    headers = {}
+def ends_of(source: Source) -> dict[str, dict[str, Any]]:
+    """What tells one source from another without reading it whole: of every shard the size, and the SHA-256 of its
+    header and of its last MiB, in which weights that were trained on differ."""
+    ends = {}
     for file in source.shards:
+        nbytes = source.stats[file].st_size
         with file.open("rb") as stream:
             size = stream.read(8)
             header = size + stream.read(int.from_bytes(size, "little"))
-        headers[file.name] = {
-            "nbytes": source.stats[file].st_size,
-            "header_sha256": hashlib.sha256(header).hexdigest(),
-        }
-    return headers
+            stream.seek(max(len(header), nbytes - BLOCK))
+            ends[file.name] = {"nbytes": nbytes, "ends_sha256": hashlib.sha256(header + stream.read()).hexdigest()}
+    return ends
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from convert.m2la.layouts import converted_config
 from convert.m2la.options import Options
 from convert.plan import DEFAULT_SHARD_BYTES
-from convert.record import headers_of, versions
+from convert.record import ends_of, versions
 from convert.source import Source
 from ivcore.checkpoint import manifest
 from ivcore.config import ModelConfig
@@ -106,7 +106,7 @@ class AttentionPlan:
             "calibration": _describe(self.calibration),
             "held_out": _describe(self.held_out),
             "versions": versions(),
-            "inputs": headers_of(self.source),
+            "inputs": ends_of(self.source),
         }  # fmt: skip
 
 

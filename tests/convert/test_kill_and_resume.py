@@ -407,6 +407,18 @@ def test_resume_begins_where_nothing_was_begun_and_leaves_the_whole_alone(
     assert "--force" in refused(tmp_path, checkpoints, source, OPTIONS)
 
 
+def test_a_whole_conversion_of_weights_that_were_trained_on_since_is_not_taken_for_theirs(
+    tmp_path: Path, source: Path, checkpoints: Any
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    resume(copy, tmp_path)
+    for shard in copy.glob("*.safetensors"):
+        header, data = checkpoints.header(shard)
+        checkpoints.raw_file(shard, header, bytes(255 - byte for byte in data))
+    sentence = refused(tmp_path, checkpoints, copy, OPTIONS, resume=True)
+    assert "inputs has changed" in sentence and "--force" in sentence
+
+
 # Stopped by hand.
 
 
