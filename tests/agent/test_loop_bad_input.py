@@ -52,7 +52,10 @@ def test_evidence_that_was_never_observed_is_a_mistake_of_the_run(make: MakeLoop
         ("<tool_call>\n[1]\n</tool_call>", "no object with a name"),
         ('<tool_call>\n{"name": "look", "arguments": 5}\n</tool_call>', "arguments are no object"),
         (written("zoom", {}), "there is no tool 'zoom'; there are look, transcript, verify, answer."),
-        (written("look", {"start": 3.0}), "look: end: Field required. It takes start, end, fps (optional)."),
+        (
+            written("look", {"start": 3.0}),
+            "look: end: Field required. It takes start, end, fps (optional), question (optional).",
+        ),
         (written("look", {"start": 30.0, "end": 40.0}), "the video ends at 16.0 s"),
         (written("look", {"start": 5.0, "end": 4.0}), "5 to 4 is no span"),
         (written("look", {"start": -1.0, "end": 4.0}), "-1 to 4 is no span"),
