@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agent import prompts
-from agent.oracle.wording import absent, description, false_told, fits, misread, moved, statement, told
+from agent.oracle.wording import READ_OFF, absent, description, false_told, fits, misread, moved, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
@@ -54,9 +54,6 @@ MATCHES = 0.4, 0.6
 
 BRIEF = 0.1
 """Seconds of a figure in a window from which on it is asked when it is there: a shorter span is none when rounded."""
-
-ASKED = ("colour", "shape", "direction")
-"""Kinds of question, each of which names what it is about in another way."""
 
 FILMS = "films"
 """The folder of films, beside the rows."""
@@ -131,13 +128,13 @@ def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np
     near = [each for each in script.figures if overlap(each.span, window)]
     seen = {each.name for each in near if any(map(each.visible, clip.timestamps))}
     names = sorted(_drawn(rng, sorted(seen), len(seen)), key=lambda name: name != script.keys[0].name)
-    words = {kind: list(dict.fromkeys(description(kind, name) for name in NAMES)) for kind in ASKED}
+    words = {kind: list(dict.fromkeys(description(kind, name) for name in NAMES)) for kind in READ_OFF}
     left = {
         kind: [what for what in each if not any(fits(what, one.name) for one in near)] for kind, each in words.items()
     }
     asked: list[str] = []
     for name in names:
-        kinds = [kind for kind in ASKED if left[kind] and description(kind, name) not in asked]
+        kinds = [kind for kind in READ_OFF if left[kind] and description(kind, name) not in asked]
         if kinds and len(asked) < MOST_LOOKED_FOR:
             kind = pick(rng, kinds)
             asked += [description(kind, name), left[kind].pop(int(rng.integers(len(left[kind]))))]
@@ -177,7 +174,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
     seen = [each for each in script.figures if overlap(each.span, near)]
     claims = []
     for figure in _drawn(rng, [each for each in seen if sum(map(each.visible, clip.timestamps)) > 1], MOST_CLAIMS):
-        for kind in [*([pick(rng, ASKED[:2])] if rng.random() < NAMED else []), ASKED[2]]:
+        for kind in [*([pick(rng, READ_OFF[:2])] if rng.random() < NAMED else []), READ_OFF[2]]:
             alone = sum(fits(description(kind, figure.name), each.name) for each in seen) == 1
             if alone and (kind != "direction" or shows_direction(figure)):
                 said = figure if rng.random() < 0.5 else misread(kind, figure, rng)
@@ -186,7 +183,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
                 claims.append(Judged(statement(kind, said), verdict, asked, answer_of(kind, figure)))
     gone = []
     for index in rng.permutation(len(NAMES)).tolist():
-        kind, name = pick(rng, ASKED), NAMES[index]
+        kind, name = pick(rng, READ_OFF), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
             figure = replace(script.figures[0], name=name)
             asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""

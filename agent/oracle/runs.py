@@ -23,7 +23,7 @@ from agent.answering import Answering, contradiction
 from agent.calls import parse, written
 from agent.context import Context
 from agent.entries import Call, Claim, Entry, Feedback, Instruction, Judgement, Observation, Reasoning
-from agent.oracle.wording import absent, description, fits, misread, statement, told
+from agent.oracle.wording import READ_OFF, absent, description, fits, misread, statement, told
 from agent.spans import Span, overlap
 from agent.tools import ground
 from agent.tools.look import Look, Overview
@@ -50,9 +50,6 @@ GLANCES, HAVE_LIBRARY, NOTES = 0.1, 0.5, 0.3
 FOLLOW_UPS, AGAIN, IN_VAIN = 4, 0.5, 0.2
 """Questions behind the first; share of runs in which the next one is about what was seen; share of the questions of
 when and where to in which the figure becomes one that is not there."""
-
-READ_OFF = ("colour", "shape", "direction")
-"""What a look is asked itself; when something is there, `ground` has said."""
 
 CLOSELY, CLOSER = 4.0, 8.0
 """Frames a second of a look that is asked something, and of that after a contradiction."""

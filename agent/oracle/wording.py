@@ -11,6 +11,10 @@ from train.toyworld.score import span_text
 from train.toyworld.script import Figure, Line, Span, pick
 from train.toyworld.words import COLOURS, DIRECTIONS, FACTS, SHAPES, Name
 
+READ_OFF = ("colour", "shape", "direction")
+"""Kinds of question that a look answers, each of which names what it is about in another way; when something is there,
+`ground` says."""
+
 
 def description(asked: str, name: Name) -> str:
     """What to look for: the answer is not in it."""
