@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from train.tiny.pipeline import CHAIN, TEACHER
+from train.tiny.pipeline import CHAIN
 from train.toyworld.dataset import BASE_SHARES
 
 Answers = Mapping[str, Mapping[str, Any]]
@@ -41,10 +41,13 @@ RoPE key that every layer needs has 32 (`iv3 convert --cache-ratio 8` says so). 
 128 left for its latent."""
 
 
-TAUGHT_BY = """\
-The teacher is the model of the same seed from before the long clips. The same answer is counted over the kinds of
-question that it teaches: about short clips, all but `when`.
-"""
+TEACHER, TEACHER_OF_NEW = "norm-2, cpt", "sft-short"
+"""Rows of the models that teach the base's kinds of question, and others (`train.tiny.pipeline.TEACHERS`)."""
+
+TAUGHT_BY = f"""\
+The teachers are the models of the same seed from before the long clips: that of `{TEACHER}` for the base's kinds of
+question, that of `{TEACHER_OF_NEW}` for `before_after`. The same answer is counted over the kinds that they teach:
+about short clips, all but `when`."""
 
 
 def document(
@@ -60,7 +63,7 @@ def document(
     sections = {
         "Short clips": f"{_short(table)}\n\n{RATIO_8}",
         "Clips of sixteen seconds": "\n\n".join(block for block in (_long(table), _ratio_of_long(table)) if block),
-        "Rewards and distillation": "\n\n".join(block for block in (_gains(table), _taught(table)) if block),
+        "Rewards and distillation": _gains(table),
         "Both backends": _agreement(twins),
         "Conversion: each part of the method left out": _ablations(ablated),
     }
@@ -123,30 +126,19 @@ def _gains(table: Mapping[str, Sequence[Findings]]) -> str:
     ):
         gained = [f"{new - old:+.3f}" for old, new in zip(values[before], values[after], strict=False)]
         lines.append(_row(what, _spread(values[before]), _spread(values[after]), ", ".join(gained)))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", TAUGHT_BY])
 
 
 def _as_the_teacher(table: Mapping[str, Sequence[Findings]], name: str) -> list[float]:
-    """The share of answers that are those of the teacher, of each seed."""
-    pairs = zip(table[name], table[TEACHER], strict=False)  # the last seeds may not be there yet
-    return [_same(*(_with_choices(each["views"]["short"]) for each in pair)) for pair in pairs]
-
-
-def _taught(table: Mapping[str, Sequence[Findings]]) -> str:
-    *_, before, after = CHAIN
-    if after not in table:
-        return ""
-    lines = [TAUGHT_BY, *_head("", "mean, short clips", "same answer as the teacher", "mean, long clips")]
-    for name in (TEACHER, before, after):
-        same = _as_the_teacher(table, name)
-        means = [_spread([each["mean"] for each in _means(table[name], view)]) for view in ("short", "long")]
-        lines.append(_row(f"{name}, the teacher" if name == TEACHER else name, means[0], _spread(same), means[1]))
-    return "\n".join(lines)
-
-
-def _with_choices(found: Answers) -> Answers:
-    """Of the kinds that are taught."""
-    return {kind: each for kind, each in found.items() if kind != "when"}
+    """The share of answers that are those of the teacher of their kind, of each seed."""
+    seeds = zip(
+        *(table[each] for each in (name, TEACHER, TEACHER_OF_NEW)), strict=False
+    )  # the last may not be there yet
+    shares = []
+    for student, *teachers in ([each["views"]["short"] for each in found] for found in seeds):
+        taught = {kind: each for kind, each in student.items() if kind != "when"}
+        shares.append(_same(taught, {kind: teachers[kind not in KNOWN][kind] for kind in taught}))
+    return shares
 
 
 def _agreement(twins: Mapping[str, Sequence[Findings]]) -> str:

@@ -178,6 +178,26 @@ def test_a_step_that_fails_is_named_and_gone_on_with(
     assert ["--resume" in command for command in commands] == [False, True]
 
 
+def test_a_step_that_is_stopped_while_it_is_made_anew_is_not_taken_for_done(
+    small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, commands = tmp_path / "out/steps.jsonl", []
+    log.parent.mkdir()
+    log.write_text('{"step": "norm-2", "seconds": 1.0}\n{"step": "rl-0", "seconds": 1.0}\n')
+
+    def stop(command: list[str], check: bool) -> Any:
+        (tmp_path / "out/norm-2").mkdir(exist_ok=True)
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(subprocess, "run", stop)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="norm-2 ended"):
+            small()
+    assert len(commands) == 2
+    assert log.read_text() == '{"step": "rl-0", "seconds": 1.0}\n'
+
+
 def test_a_run_that_was_stopped_before_it_wrote_anything_is_begun_anew(
     small: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 It goes on from the models that the repository keeps (train/tiny/kept); without that folder, from `make tiny-base`.
 
 The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
-new kinds of question; rewards sharpen spans; the model from before the long clips teaches back what these cost. The
+new kinds of question; rewards sharpen spans; the models from before the long clips teach back what these cost. The
 first seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, and from rewards for its own.
 
 OUT/data/                     rows and clips
@@ -50,8 +50,10 @@ LAYOUTS, RATIOS = ("norm", "release"), (2, 4)
 CHAIN = ("sft-short", "sft-long", "rl", "distill")
 """The stages behind continued pretraining, which only the first layout at the first ratio goes through."""
 
-TEACHER, TAUGHT = "sft-short", "short-choices"
-"""Whose model teaches the last of them, and what; the rest it is taught by the model that it goes on from."""
+KNOWS = f"{LAYOUTS[0]}-{RATIOS[0]}-cpt"
+TEACHERS: Mapping[str, str] = {"short-lost": KNOWS, "short-kept": KNOWS, "short-new": "sft-short"}
+"""Who teaches the last of them what: the kinds of the base, whose model knows them best, and the one that is new to it.
+The rest it is taught by the model that it goes on from."""
 
 LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
@@ -69,6 +71,12 @@ SHORT_SHARES: Mapping[str, float] = {
 }
 CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 """Training clips that the base has not seen, of four seconds."""
+
+CHOSEN = ("lost", "kept", "new")
+"""Files of the questions about short clips that have choices: of the base's kinds, and of others."""
+
+LOST = frozenset({"count", "order"})
+"""The base's kinds that long clips cost."""
 
 LONG_CLIPS = 4_000
 """Of LONG_SECONDS."""
@@ -97,7 +105,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
         "echoes",
     ),
     "rl": ("spans", "short", "long"),
-    "distill": (TAUGHT, "spans", "long"),
+    "distill": (*TEACHERS, "spans", "long"),
     "sft-looks": ACT_SETS,
     "sft-act": ACT_SETS,
     "rl-act": ("questions",),
@@ -150,6 +158,7 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
             run_module("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
         arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        _forget(log, step.name)
         started = time.monotonic()
         together = processes_for(step.arguments, processes)
         run_module(f"The step {step.name}", "agent.cli", *arguments, processes=together)
@@ -178,6 +187,12 @@ def provenance(log: Path) -> dict[str, Any]:
     }
 
 
+def _forget(log: Path, name: str) -> None:
+    """A step whose folder was taken away and that is stopped while it makes it anew is not done."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    write_beside(log, "".join(line for line in lines if json.loads(line)["step"] != name).encode())
+
+
 def _begun(step: Step) -> bool:
     """Whether there is something to go on with: a run's folder has nothing before its run.json is there."""
     if step.arguments[0] == "train":
@@ -196,9 +211,10 @@ def write_data(base: Path, data: Path) -> None:
             data / "long", "train", TRAIN_CLIPS, LONG_CLIPS,
             shares=LONG_SHARES, duration=LONG_SECONDS, workers=workers,
         )  # fmt: skip
-    if not (file := data / "short/choices.jsonl").exists():
-        lines = (data / "short/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        write_beside(file, "".join(line for line in lines if "choices" in json.loads(line)).encode())
+    for name in CHOSEN:
+        if not (file := data / f"short/{name}.jsonl").exists():
+            lines = (data / "short/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            write_beside(file, "".join(line for line in lines if _chosen(json.loads(line)) == name).encode())
     for folder, (clips, shares), duration in (
         (data / "short", CLIPS["short"], SHORT_SECONDS),
         (data / "long", (LONG_CLIPS, LONG_SHARES), LONG_SECONDS),
@@ -229,11 +245,20 @@ def write_data(base: Path, data: Path) -> None:
             write_beside(file, content.encode())
 
 
+def _chosen(row: Mapping[str, Any]) -> str | None:
+    """Which of CHOSEN a row is of: none has those without choices, which are spans."""
+    if "choices" not in row:
+        return None
+    if row["kind"] in LOST:
+        return "lost"
+    return "kept" if row["kind"] in BASE_SHARES else "new"
+
+
 def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
     if name in ACTS:
         return data / f"acts/{name}.jsonl"
-    if kind not in (*MADE, "choices"):
+    if kind not in (*MADE, *CHOSEN):
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
 
@@ -253,11 +278,15 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
         for variant in variants:
             rows = base / "data" / ROWS
             yield _training("cpt", f"{variant}-cpt-{seed}", out / variant, rows, out, seed, overrides)
-        before, teacher = out / f"{variants[0]}-cpt-{seed}/model", result_of(out, TEACHER, seed)
+        before = out / f"{variants[0]}-cpt-{seed}/model"
+        taught = [
+            f"teacher.by_dataset.{name}={json.dumps(str(result_of(out, stage, seed)))}"
+            for name, stage in TEACHERS.items()
+        ]
         for stage in CHAIN:
             name, after = f"{stage}-{seed}", result_of(out, stage, seed)
-            taught = [f"teacher.by_dataset.{TAUGHT}={json.dumps(str(teacher))}"] if stage == "distill" else []
-            yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, [*taught, *overrides])
+            changed = [*(taught if stage == "distill" else []), *overrides]
+            yield _training(stage, name, before, out / f"data/{stage}.json", out, seed, changed)
             if stage in LORAS:
                 adapter = out / name / "adapter"
                 yield Step(after.name, ("convert", str(before), str(after), "--adapter", str(adapter)), after)
