@@ -1,8 +1,8 @@
 """Whether a span supports a claim: asked in a context that has seen neither the run nor its answer.
 
 Where it is known what the claim answers, the model first answers that itself, before it sees the claim: to read
-something off frames is easier than to hold frames against a sentence. Where every word of that answer is in the claim,
-the two agree, and what the model leaves unclear counts as support.
+something off frames is easier than to hold frames against a sentence. Whether the words of that answer are in the claim
+then changes the odds of its support by as much as this has been found to tell (Bayes' rule, in odds).
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ MARGIN = 1.0
 """Seconds around the span that are looked at, too: what begins or ends there is not taken for lasting."""
 
 SEEN_TOKENS = 32
+
+TELLING = 20.0
+"""How much more often the fresh answer is in a claim that holds than in another, and how much less often it is not:
+0.95 and 0.03 of held-out claims (docs/training.md, Acting)."""
+
+SHORT = 4
+"""Words of an answer that a claim would repeat; a longer one may say the same in others."""
+
+YES_OR_NO = frozenset({"yes", "no"})
+"""What a claim says in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,8 @@ class Verify:
             seen = "".join(session.answer(SEEN_TOKENS)).strip()
             session.read([{"role": "user", "content": prompts.claim(claim)}])
         scores = session.log_likelihoods(prompts.VERDICTS)
-        chances = np.exp(scores - scores.max())
+        chances = np.exp(scores - scores.max()) * np.array([_telling(seen, claim), 1.0, 1.0])
         chances /= chances.sum()
-        if (own := _words(seen)) and own <= _words(claim):
-            chances = np.array([chances[0] + chances[2], chances[1], 0.0])
         verdicts: tuple[Verdict, ...] = get_args(Verdict)
         check = Check(verdicts[int(chances.argmax())], float(chances[0]), (span,), seen)
         return _Judged(check, float(max(chances[0], chances[1])))
@@ -100,6 +108,14 @@ class Verify:
 def around(span: Span, duration: float) -> Span:
     """What is looked at for a span of a video of so many seconds."""
     return max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
+
+
+def _telling(answer: str, claim: str) -> float:
+    """The factor by which a fresh answer, "" for none, changes the odds that a claim holds."""
+    own = _words(answer) - YES_OR_NO
+    if not own or not own - _words(claim):
+        return TELLING if own else 1.0
+    return 1 / TELLING if len(own) <= SHORT else 1.0
 
 
 def _words(text: str) -> set[str]:
