@@ -1,7 +1,7 @@
 """Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check, and for
 rl the question by itself.
 
-    python -m agent.oracle.dataset OUT [--films 1200]
+    python -m agent.oracle.dataset OUT [--films 1200] [--long-films 240]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from agent.answering import offered
 from agent.oracle.rows import FILMS, claims_of, question_of, windows_of
-from agent.oracle.runs import Oracle
+from agent.oracle.runs import FOLLOW_UPS, Oracle
 from agent.tools.box import NAMES
 from agent.workspace import Workspace
 from ivcore.files import write_beside
@@ -34,21 +34,29 @@ SHARES: Mapping[str, float] = {
 DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
 """Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
 
-FIRST, FILMS_TO_LEARN_FROM = 200_000, 1_200
-"""Number of the first film among the training seeds, and how many there are."""
+LONG, LONG_SHARES = 600.0, {"rare": 0.25, "said": 0.3, "absent": 0.45}
+"""Seconds of the long films, whose transcripts fill a run; in most of them there is something to read, or to miss."""
+
+FIRST, FILMS_TO_LEARN_FROM, LONG_FILMS = 200_000, 1_200, 240
+"""Number of the first film among the training seeds, and how many there are; the long ones come behind them."""
+
+LONG_FOLDER = "long"
+"""The folder of what is made of the long films, beside the rows of the others."""
 
 FILES = ("runs", "windows", "claims", "questions")
 """What there is of a film; `questions` are the rows of `environment.Acting`."""
 
 
-def write_acts(folder: str | Path, split: Split, first: int, count: int, *, workers: int = 1) -> dict[str, Path]:
+def write_acts(
+    folder: str | Path, split: Split, first: int, count: int, *, long: bool = False, workers: int = 1
+) -> dict[str, Path]:
     """Render films number first..first+count of a split and write a JSONL for each of FILES.
 
-    Films that an earlier call left are kept.
+    Films that an earlier call left are kept. long: of LONG seconds, and runs of two questions, for which there is room.
     """
     folder = Path(folder)
     (folder / FILMS).mkdir(parents=True, exist_ok=True)
-    make = partial(_rows, folder)
+    make = partial(_rows, folder, long)
     # A forked child of a process with threads may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = list(pool.map(make, seeds(split, first, count), chunksize=4))
@@ -68,13 +76,14 @@ def film(folder: Path, seed: int, kind: str, duration: float) -> tuple[Script, P
     return script, path
 
 
-def _rows(folder: Path, seed: int) -> dict[str, list[str]]:
-    script, path = film(folder, seed, kind_of(seed, SHARES), pick(random_of(seed, 5), DURATIONS))
+def _rows(folder: Path, long: bool, seed: int) -> dict[str, list[str]]:
+    duration = LONG if long else pick(random_of(seed, 5), DURATIONS)
+    script, path = film(folder, seed, kind_of(seed, LONG_SHARES if long else SHARES), duration)
     question = ask(script)
     workspace = Workspace(path, None, None)  # type: ignore[arg-type]  # nothing here asks a model
     about, by_chance = (script, question, workspace), [random_of(seed, 5, number) for number in (1, 2, 3)]
     rows: dict[str, list[dict[str, Any]]] = {
-        "runs": [_run(Oracle(*about, by_chance[0]), script)],
+        "runs": [_run(Oracle(*about, by_chance[0]), script, 1 if long else FOLLOW_UPS)],
         "windows": list(windows_of(*about, by_chance[1])),
         "claims": list(claims_of(*about, by_chance[2])),
         "questions": [question_of(*about)],
@@ -82,8 +91,8 @@ def _rows(folder: Path, seed: int) -> dict[str, list[str]]:
     return {name: [f"{json.dumps({**row, 'seed': seed})}\n" for row in each] for name, each in rows.items()}
 
 
-def _run(oracle: Oracle, script: Script) -> dict[str, Any]:
-    messages = oracle.run()
+def _run(oracle: Oracle, script: Script, follow_ups: int) -> dict[str, Any]:
+    messages = oracle.run(follow_ups)
     for part in (part for message in messages if isinstance(message["content"], list) for part in message["content"]):
         if part["type"] == "video":
             part["video"] = f"{FILMS}/{Path(part['video']).name}"
@@ -96,8 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Render films and write what there is to learn from each.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--films", type=int, default=FILMS_TO_LEARN_FROM)
+    parser.add_argument("--long-films", type=int, default=LONG_FILMS)
     given = parser.parse_args()
-    write_acts(given.out, "train", FIRST, given.films, workers=os.cpu_count() or 1)
+    workers = os.cpu_count() or 1
+    write_acts(given.out, "train", FIRST, given.films, workers=workers)
+    behind = FIRST + FILMS_TO_LEARN_FROM
+    write_acts(given.out / LONG_FOLDER, "train", behind, given.long_films, long=True, workers=workers)
 
 
 if __name__ == "__main__":

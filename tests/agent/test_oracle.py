@@ -234,21 +234,39 @@ def test_the_terse_template_writes_a_tool_as_a_line_of_its_names(films: list[Mad
     assert render_template(terse_template(), messages) == render_template(QWEN_TEMPLATE, messages)
 
 
-def test_films_and_rows_are_written_once_and_read_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "DURATIONS", (20.0,))
+class InThisProcess:
+    """A pool of no other process, which would not know the shorter films."""
 
-    class InThisProcess:
-        """A pool of no other process, which would not know the shorter films."""
+    def __init__(self, *_: Any) -> None: ...
+    def __enter__(self) -> InThisProcess:
+        return self
 
-        def __init__(self, *_: Any) -> None: ...
-        def __enter__(self) -> InThisProcess:
-            return self
+    def __exit__(self, *_: Any) -> None: ...
+    def map(self, function: Any, values: Any, chunksize: int) -> Any:
+        return map(function, values)
 
-        def __exit__(self, *_: Any) -> None: ...
-        def map(self, function: Any, values: Any, chunksize: int) -> Any:
-            return map(function, values)
 
+@pytest.fixture
+def short_films(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(dataset, "DURATIONS", (20.0,))
+    monkeypatch.setattr(dataset, "LONG", 40.0)
+
+
+@pytest.mark.usefixtures("short_films")
+def test_the_rows_of_long_films_are_runs_of_two_questions_at_most_about_what_is_rare_said_or_missing(
+    tmp_path: Path,
+) -> None:
+    files = dataset.write_acts(tmp_path, "train", 0, 6, long=True)
+    runs = [json.loads(line) for line in files["runs"].read_text().splitlines()]
+    assert len(runs) == 6 and {run["duration"] for run in runs} == {40.0}
+    assert {run["kind"].removeprefix("run ") for run in runs} <= set(dataset.LONG_SHARES)
+    answers = [[each for each in run["messages"] if '"name": "answer"' in str(each["content"])] for run in runs]
+    assert max(map(len, answers)) <= 3 and min(map(len, answers)) >= 1  # one that is contradicted is answered again
+
+
+@pytest.mark.usefixtures("short_films")
+def test_films_and_rows_are_written_once_and_read_by_training(tmp_path: Path) -> None:
     files = dataset.write_acts(tmp_path, "train", 0, 6)
     assert set(files) == set(dataset.FILES)
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "films").iterdir()}

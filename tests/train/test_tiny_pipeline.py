@@ -67,6 +67,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if command[2] == "agent.oracle.dataset":
             monkeypatch.setattr(dataset, "DURATIONS", (60.0,))
             dataset.write_acts(command[3], "train", 0, 2)
+            dataset.write_acts(Path(command[3]) / dataset.LONG_FOLDER, "train", 2, 2, long=True)
             return subprocess.CompletedProcess(command, 0)
         assert command[2] == "agent.cli"
         ran.append(command[3:])
@@ -139,10 +140,10 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
         "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0",
-        "distill-0-merged", "iv3-tiny", "sft-looks-0", "sft-act-0", "rl-act-0",
+        "distill-0-merged", "iv3-tiny", "sft-looks-0", "sft-act-0", "sft-longest-0", "rl-act-0",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
-    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-3]
+    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-4]
     in_this_process.clear()
     small()
     assert in_this_process == []

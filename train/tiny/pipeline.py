@@ -11,7 +11,7 @@ OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/distill-<seed>-merged/    the adapter of a stage that trains one, in its model's weights
 OUT/iv3-tiny/                 the first seed's, in 8 bits beside float16
-OUT/sft-looks-0/, OUT/sft-act-0/, OUT/rl-act-0/ the first seed's model learns to act
+OUT/sft-looks-0/, OUT/sft-act-0/, OUT/sft-longest-0/, OUT/rl-act-0/ the first seed's model learns to act
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
@@ -58,7 +58,7 @@ The rest it is taught by the model that it goes on from."""
 LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
 
-ACTING = ("sft-looks", "sft-act", "rl-act")
+ACTING = ("sft-looks", "sft-act", "sft-longest", "rl-act")
 """Those behind the chain, which only the first seed's model goes through; what ships has not."""
 
 DTYPES: Mapping[str, str] = {"rl": "float32", "rl-act": "float32"}
@@ -93,7 +93,10 @@ HELDOUT: Mapping[str, tuple[int, Mapping[str, float], float]] = {
 """Clips, shares and seconds of held-out sets beside the base's, which has few rows of `said`, none of the new kind."""
 
 ACT_SETS = ("runs", "windows", "claims", "spans", "short-talks", "long-talks", "texts", "echoes")
-"""Of both stages that learn from the oracle; their recipes say how often."""
+"""Of the stages that learn from the oracle; their recipes say how often."""
+
+LONGEST = ("longest-runs", "longest-windows", "longest-claims")
+"""Of the last of them: what `agent.oracle.dataset` makes of long films."""
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "sft-short": (
@@ -108,6 +111,7 @@ SETS: Mapping[str, tuple[str, ...]] = {
     "distill": (*TEACHERS, "spans", "long"),
     "sft-looks": ACT_SETS,
     "sft-act": ACT_SETS,
+    "sft-longest": (*ACT_SETS, *LONGEST),
     "rl-act": ("questions",),
 }  # fmt: skip
 """What each stage's rows are from."""
@@ -154,7 +158,7 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
             restore(step.name, step.made / "model" if step.arguments[0] == "train" else step.made)
         if not step.name.startswith(only) or step.name in was_done or (step.name in done and step.made.exists()):
             continue
-        if step.name.startswith(ACTING) and not (out / f"data/acts/{ACTS[-1]}.jsonl").exists():
+        if step.name.startswith(ACTING) and not (out / f"data/acts/long/{ACTS[-1]}.jsonl").exists():
             run_module("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
         arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
@@ -258,6 +262,8 @@ def _file(base: Path, data: Path, name: str) -> Path:
     clips, _, kind = name.partition("-")
     if name in ACTS:
         return data / f"acts/{name}.jsonl"
+    if name in LONGEST:
+        return data / f"acts/long/{kind}.jsonl"
     if kind not in (*MADE, *CHOSEN):
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
