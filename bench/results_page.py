@@ -131,11 +131,9 @@ def _gains(table: Mapping[str, Sequence[Findings]]) -> str:
 
 def _as_the_teacher(table: Mapping[str, Sequence[Findings]], name: str) -> list[float]:
     """The share of answers that are those of the teacher of their kind, of each seed."""
-    seeds = zip(
-        *(table[each] for each in (name, TEACHER, TEACHER_OF_NEW)), strict=False
-    )  # the last may not be there yet
-    shares = []
-    for student, *teachers in ([each["views"]["short"] for each in found] for found in seeds):
+    found_by = [table[each] for each in (name, TEACHER, TEACHER_OF_NEW)]
+    shares = []  # of the seeds that all have: the last may not be there yet
+    for student, *teachers in ([each["views"]["short"] for each in found] for found in zip(*found_by, strict=False)):
         taught = {kind: each for kind, each in student.items() if kind != "when"}
         shares.append(_same(taught, {kind: teachers[kind not in KNOWN][kind] for kind in taught}))
     return shares

@@ -1,7 +1,7 @@
 """Films of the toy world and what there is to learn from each: a run, windows to find it in, claims to check, and for
 rl the question by itself.
 
-    python -m agent.oracle.dataset OUT [--films 1200] [--long-films 240]
+    python -m agent.oracle.dataset OUT [--films 1200] [--longest-films 240]
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ SHARES: Mapping[str, float] = {
 DURATIONS = (60.0, 60.0, 90.0, 90.0, 120.0, 180.0, 300.0)
 """Seconds of the films to learn from, each as frequent as it stands here; short ones are made sooner."""
 
-LONG, LONG_SHARES = 600.0, {"rare": 0.25, "said": 0.3, "absent": 0.45}
-"""Seconds of the long films, whose transcripts fill a run; in most of them there is something to read, or to miss."""
+LONGEST, LONGEST_SHARES = 600.0, {"rare": 0.25, "said": 0.3, "absent": 0.45}
+"""Seconds of the longest films, whose transcripts fill a run; most have something to read, or to miss."""
 
-FIRST, FILMS_TO_LEARN_FROM, LONG_FILMS = 200_000, 1_200, 240
-"""Number of the first film among the training seeds, and how many there are; the long ones come behind them."""
+FIRST, FILMS_TO_LEARN_FROM, LONGEST_FILMS = 200_000, 1_200, 240
+"""Number of the first film among the training seeds, and how many there are; the longest come behind them."""
 
-LONG_FOLDER = "long"
-"""The folder of what is made of the long films, beside the rows of the others."""
+LONGEST_FOLDER = "longest"
+"""The folder of what is made of the longest films, beside the rows of the others."""
 
 FILES = ("runs", "windows", "claims", "questions")
 """What there is of a film; `questions` are the rows of `environment.Acting`."""
 
 
 def write_acts(
-    folder: str | Path, split: Split, first: int, count: int, *, long: bool = False, workers: int = 1
+    folder: str | Path, split: Split, first: int, count: int, *, longest: bool = False, workers: int = 1
 ) -> dict[str, Path]:
     """Render films number first..first+count of a split and write a JSONL for each of FILES.
 
-    Films that an earlier call left are kept. long: of LONG seconds, and runs of two questions, for which there is room.
+    Films that an earlier call left are kept. longest: of LONGEST seconds, with runs of two questions, for which there
+    is room.
     """
     folder = Path(folder)
     (folder / FILMS).mkdir(parents=True, exist_ok=True)
-    make = partial(_rows, folder, long)
+    make = partial(_rows, folder, longest)
     # A forked child of a process with threads may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         made = list(pool.map(make, seeds(split, first, count), chunksize=4))
@@ -76,14 +77,14 @@ def film(folder: Path, seed: int, kind: str, duration: float) -> tuple[Script, P
     return script, path
 
 
-def _rows(folder: Path, long: bool, seed: int) -> dict[str, list[str]]:
-    duration = LONG if long else pick(random_of(seed, 5), DURATIONS)
-    script, path = film(folder, seed, kind_of(seed, LONG_SHARES if long else SHARES), duration)
+def _rows(folder: Path, longest: bool, seed: int) -> dict[str, list[str]]:
+    duration = LONGEST if longest else pick(random_of(seed, 5), DURATIONS)
+    script, path = film(folder, seed, kind_of(seed, LONGEST_SHARES if longest else SHARES), duration)
     question = ask(script)
     workspace = Workspace(path, None, None)  # type: ignore[arg-type]  # nothing here asks a model
     about, by_chance = (script, question, workspace), [random_of(seed, 5, number) for number in (1, 2, 3)]
     rows: dict[str, list[dict[str, Any]]] = {
-        "runs": [_run(Oracle(*about, by_chance[0]), script, 1 if long else FOLLOW_UPS)],
+        "runs": [_run(Oracle(*about, by_chance[0]), script, 1 if longest else FOLLOW_UPS)],
         "windows": list(windows_of(*about, by_chance[1])),
         "claims": list(claims_of(*about, by_chance[2])),
         "questions": [question_of(*about)],
@@ -105,12 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Render films and write what there is to learn from each.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--films", type=int, default=FILMS_TO_LEARN_FROM)
-    parser.add_argument("--long-films", type=int, default=LONG_FILMS)
+    parser.add_argument("--longest-films", type=int, default=LONGEST_FILMS)
     given = parser.parse_args()
     workers = os.cpu_count() or 1
     write_acts(given.out, "train", FIRST, given.films, workers=workers)
     behind = FIRST + FILMS_TO_LEARN_FROM
-    write_acts(given.out / LONG_FOLDER, "train", behind, given.long_films, long=True, workers=workers)
+    write_acts(given.out / LONGEST_FOLDER, "train", behind, given.longest_films, longest=True, workers=workers)
 
 
 if __name__ == "__main__":

@@ -113,8 +113,10 @@ def around(span: Span, duration: float) -> Span:
 def _telling(answer: str, claim: str) -> float:
     """The factor by which a fresh answer, "" for none, changes the odds that a claim holds."""
     own = _words(answer) - YES_OR_NO
-    if not own or not own - _words(claim):
-        return TELLING if own else 1.0
+    if not own:
+        return 1.0
+    if own <= _words(claim):
+        return TELLING
     return 1 / TELLING if len(own) <= SHORT else 1.0
 
 

@@ -250,17 +250,17 @@ class InThisProcess:
 def short_films(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(dataset, "DURATIONS", (20.0,))
-    monkeypatch.setattr(dataset, "LONG", 40.0)
+    monkeypatch.setattr(dataset, "LONGEST", 40.0)
 
 
 @pytest.mark.usefixtures("short_films")
-def test_the_rows_of_long_films_are_runs_of_two_questions_at_most_about_what_is_rare_said_or_missing(
+def test_the_rows_of_the_longest_films_are_runs_of_two_questions_at_most_about_what_is_rare_said_or_missing(
     tmp_path: Path,
 ) -> None:
-    files = dataset.write_acts(tmp_path, "train", 0, 6, long=True)
+    files = dataset.write_acts(tmp_path, "train", 0, 6, longest=True)
     runs = [json.loads(line) for line in files["runs"].read_text().splitlines()]
     assert len(runs) == 6 and {run["duration"] for run in runs} == {40.0}
-    assert {run["kind"].removeprefix("run ") for run in runs} <= set(dataset.LONG_SHARES)
+    assert {run["kind"].removeprefix("run ") for run in runs} <= set(dataset.LONGEST_SHARES)
     answers = [[each for each in run["messages"] if '"name": "answer"' in str(each["content"])] for run in runs]
     assert max(map(len, answers)) <= 3 and min(map(len, answers)) >= 1  # one that is contradicted is answered again
 

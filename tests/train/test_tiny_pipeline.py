@@ -67,7 +67,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if command[2] == "agent.oracle.dataset":
             monkeypatch.setattr(dataset, "DURATIONS", (60.0,))
             dataset.write_acts(command[3], "train", 0, 2)
-            dataset.write_acts(Path(command[3]) / dataset.LONG_FOLDER, "train", 2, 2, long=True)
+            dataset.write_acts(Path(command[3]) / dataset.LONGEST_FOLDER, "train", 2, 2, longest=True)
             return subprocess.CompletedProcess(command, 0)
         assert command[2] == "agent.cli"
         ran.append(command[3:])

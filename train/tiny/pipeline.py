@@ -73,7 +73,8 @@ CLIPS = {"short": (12_000, SHORT_SHARES), "spans": (2_000, {"when": 1.0})}
 """Training clips that the base has not seen, of four seconds."""
 
 CHOSEN = ("lost", "kept", "new")
-"""Files of the questions about short clips that have choices: of the base's kinds, and of others."""
+"""Files of the questions about short clips that have choices: of the base's kinds those of LOST and the rest, and of
+others."""
 
 LOST = frozenset({"count", "order"})
 """The base's kinds that long clips cost."""
@@ -96,7 +97,7 @@ ACT_SETS = ("runs", "windows", "claims", "spans", "short-talks", "long-talks", "
 """Of the stages that learn from the oracle; their recipes say how often."""
 
 LONGEST = ("longest-runs", "longest-windows", "longest-claims")
-"""Of the last of them: what `agent.oracle.dataset` makes of long films."""
+"""Of the last of them: what `agent.oracle.dataset` makes of the longest films."""
 
 SETS: Mapping[str, tuple[str, ...]] = {
     "sft-short": (
@@ -158,7 +159,7 @@ def make_tiny(base: Path, out: Path, overrides: list[str], only: tuple[str, ...]
             restore(step.name, step.made / "model" if step.arguments[0] == "train" else step.made)
         if not step.name.startswith(only) or step.name in was_done or (step.name in done and step.made.exists()):
             continue
-        if step.name.startswith(ACTING) and not (out / f"data/acts/long/{ACTS[-1]}.jsonl").exists():
+        if step.name.startswith(ACTING) and not (out / f"data/acts/longest/{ACTS[-1]}.jsonl").exists():
             run_module("The films to act on", "agent.oracle.dataset", str(out / "data/acts"))
         arguments = [*step.arguments, *(["--resume"] if _begun(step) else [])]
         print(f"iv3 {shlex.join(arguments)}", file=sys.stderr, flush=True)
@@ -263,7 +264,7 @@ def _file(base: Path, data: Path, name: str) -> Path:
     if name in ACTS:
         return data / f"acts/{name}.jsonl"
     if name in LONGEST:
-        return data / f"acts/long/{kind}.jsonl"
+        return data / f"acts/longest/{kind}.jsonl"
     if kind not in (*MADE, *CHOSEN):
         return data / name / "train.jsonl"
     return (base if clips == "base" else data / clips) / f"{kind}.jsonl"
