@@ -13,6 +13,15 @@ _TIME = rf"(?<![0-9.])(?<![0-9]:)((?:{_WHOLE})(?:\.[0-9]+)?)(?!:?[0-9])"
 _SPAN = re.compile(rf"{_TIME}\s*(?:s|seconds)?\s*(?:to|-|–|and)\s*{_TIME}")
 
 
+MARGIN = 1.0
+"""Seconds around a span that a close look at it sees, too: what begins or ends there is not taken for lasting."""
+
+
+def around(span: Span, duration: float) -> Span:
+    """What a close look at a span sees of a video of so many seconds."""
+    return max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
+
+
 def overlap(one: Span, other: Span) -> float:
     """Seconds that two spans share."""
     return max(0.0, min(one[1], other[1]) - max(one[0], other[0]))

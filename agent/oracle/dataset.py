@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.answering import offered
-from agent.oracle.rows import FILMS, claims_of, question_of, windows_of
+from agent.oracle.rows import FILMS, OF_A_FILM, OF_A_LONGEST, claims_of, question_of, windows_of
 from agent.oracle.runs import FOLLOW_UPS, Oracle
 from agent.tools.box import NAMES
 from agent.workspace import Workspace
@@ -82,11 +82,12 @@ def _rows(folder: Path, longest: bool, seed: int) -> dict[str, list[str]]:
     script, path = film(folder, seed, kind_of(seed, LONGEST_SHARES if longest else SHARES), duration)
     question = ask(script)
     workspace = Workspace(path, None, None)  # type: ignore[arg-type]  # nothing here asks a model
+    drawn = OF_A_LONGEST if longest else OF_A_FILM
     about, by_chance = (script, question, workspace), [random_of(seed, 5, number) for number in (1, 2, 3)]
     rows: dict[str, list[dict[str, Any]]] = {
         "runs": [_run(Oracle(*about, by_chance[0]), script, 1 if longest else FOLLOW_UPS)],
-        "windows": list(windows_of(*about, by_chance[1])),
-        "claims": list(claims_of(*about, by_chance[2])),
+        "windows": list(windows_of(*about, by_chance[1], drawn)),
+        "claims": list(claims_of(*about, by_chance[2], drawn)),
         "questions": [question_of(*about)],
     }
     return {name: [f"{json.dumps({**row, 'seed': seed})}\n" for row in each] for name, each in rows.items()}

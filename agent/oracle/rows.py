@@ -19,7 +19,7 @@ import numpy as np
 
 from agent import prompts
 from agent.oracle.wording import READ_OFF, absent, description, false_told, fits, misread, moved, statement, told
-from agent.spans import Span, overlap
+from agent.spans import Span, around, overlap
 from agent.tools import ground, verify
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace, question_parts
@@ -31,17 +31,32 @@ from train.toyworld.talks import shows_direction
 from train.toyworld.turns import messages_of
 from train.toyworld.words import FACTS, NAMES
 
-WINDOWS_WITHOUT = 2
-"""Coarse windows of a film, beside those with the key."""
 
-PARTS = 0.3
-"""Share of the parts of these that are asked about."""
+@dataclass(frozen=True)
+class Drawn:
+    """How much of a film is asked about.
+
+    without: coarse windows beside those with the key; parts: share of the parts of these; matches: figures looked at as
+    `ground` does a match; looks: at figures, beside the question's, about which there are claims; kinds: of what is
+    looked for, and of claims about what is not there, each as frequent as it stands here.
+    """
+
+    without: int = 2
+    parts: float = 0.3
+    matches: int = 0
+    looks: int = 5
+    kinds: tuple[str, ...] = READ_OFF
+
+
+OF_A_FILM = Drawn()
+OF_A_LONGEST = Drawn(without=4, matches=6, looks=12, kinds=("colour", "colour", *READ_OFF))
+"""More of what there is more of. That no figure has the shape whose colour is asked for is learned last."""
+
+READS = 1
+"""Lines of a film, beside the question's, about which there are claims."""
 
 MOST_LOOKED_FOR, MOST_CLAIMS = 12, 8
 """Of a row."""
-
-LOOKS, READS = 5, 1
-"""Looks at figures and at lines of a film, beside its question's, about which there are claims."""
 
 NAMED = 0.7
 """Share of the figures of whose colour or shape there is a claim."""
@@ -73,35 +88,44 @@ class Judged:
     answer: str = ""
 
 
-def windows_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
-    """Rows of `ground`: coarse windows, those with the key and others, and parts of them."""
+def windows_of(
+    script: Script, question: Question, workspace: Workspace, rng: np.random.Generator, drawn: Drawn = OF_A_FILM
+) -> Iterator[Row]:
+    """Rows of `ground`: coarse windows, those with the key and others, parts of them, and last looks at matches."""
     coarse = ground.windows((0.0, script.duration))
     there = [each for each in coarse if not absent(question) and overlap(each, script.keys[0].span)]
     others = [each for each in coarse if each not in there]
-    for window in [*there, *(others[index] for index in rng.permutation(len(others))[:WINDOWS_WITHOUT])]:
-        parts = [part for part in ground.parts_of(window) if rng.random() < PARTS]
+    for window in [*there, *(others[index] for index in rng.permutation(len(others))[: drawn.without])]:
+        parts = [part for part in ground.parts_of(window) if rng.random() < drawn.parts]
         for span in (window, *parts):
             closely = span != window
             clip = workspace.look(span, fps=ground.FINE_FPS if closely else ground.FPS, most=ground.MOST_FRAMES)
-            if turns := list(_looked_for(script, span, clip, closely, rng)):
+            if turns := list(_looked_for(script, span, clip, closely, rng, drawn.kinds)):
                 yield _row("window", workspace, clip, turns, origin=span[0])
+    for figure in _drawn(rng, script.figures, drawn.matches):
+        near = around(figure.span, workspace.duration)
+        clip = workspace.look(near, fps=ground.CLOSEST_FPS, most=ground.MOST_CLOSEST)
+        if turns := list(_looked_for(script, near, clip, False, rng, drawn.kinds)):
+            yield _row("window", workspace, clip, turns, origin=near[0])
 
 
-def claims_of(script: Script, question: Question, workspace: Workspace, rng: np.random.Generator) -> Iterator[Row]:
+def claims_of(
+    script: Script, question: Question, workspace: Workspace, rng: np.random.Generator, drawn: Drawn = OF_A_FILM
+) -> Iterator[Row]:
     """Rows of `verify`: claims that hold, that do not, and about what is not to be seen or read there."""
-    looked = [each.span for each in _drawn(rng, script.figures, LOOKS)]
+    looked = [each.span for each in _drawn(rng, script.figures, drawn.looks)]
     read = [each.span for each in _drawn(rng, script.lines, READS)]
     if question.span is not None:
         (read if question.read else looked).append(question.span)
     for span in looked:
         other = moved(span, rng)
         said = other if rng.random() < 0.5 and other[1] <= workspace.duration else span
-        near = verify.around(said, workspace.duration)
+        near = around(said, workspace.duration)
         clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
-        claims = [*_of_spans(script, said, near, clip, rng), *_of_figures(script, near, clip, rng)]
+        claims = [*_of_spans(script, said, near, clip, rng), *_of_figures(script, near, clip, rng, drawn.kinds)]
         yield from _claims(claims, near, clip, workspace)
     for span in read:
-        near = verify.around(span, workspace.duration)
+        near = around(span, workspace.duration)
         clip = workspace.look(near, fps=verify.FPS, most=verify.MOST_FRAMES)
         yield from _claims(_of_lines(script, near, rng), near, clip, workspace)
 
@@ -119,7 +143,9 @@ def question_of(script: Script, question: Question, workspace: Workspace) -> Row
     return made if question.span is None else {**made, "span": question.span}
 
 
-def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np.random.Generator) -> Iterator[Turn]:
+def _looked_for(
+    script: Script, window: Span, clip: Clip, closely: bool, rng: np.random.Generator, asked_of: Sequence[str]
+) -> Iterator[Turn]:
     """As much that is there, the key before others, as is not; a close look is asked for the span, too.
 
     Of what is there each has another name, and the same kinds of words say what is not: no answer must follow from
@@ -134,7 +160,7 @@ def _looked_for(script: Script, window: Span, clip: Clip, closely: bool, rng: np
     }
     asked: list[str] = []
     for name in names:
-        kinds = [kind for kind in READ_OFF if left[kind] and description(kind, name) not in asked]
+        kinds = [kind for kind in asked_of if left[kind] and description(kind, name) not in asked]
         if kinds and len(asked) < MOST_LOOKED_FOR:
             kind = pick(rng, kinds)
             asked += [description(kind, name), left[kind].pop(int(rng.integers(len(left[kind]))))]
@@ -169,7 +195,9 @@ def _of_spans(script: Script, said: Span, near: Span, clip: Clip, rng: np.random
     return _drawn(rng, claims, 1)
 
 
-def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator) -> list[Judged]:
+def _of_figures(
+    script: Script, near: Span, clip: Clip, rng: np.random.Generator, missing: Sequence[str]
+) -> list[Judged]:
     """Of each figure its colour or its shape, then where it moves: the other way round, the first tells the second."""
     seen = [each for each in script.figures if overlap(each.span, near)]
     claims = []
@@ -183,7 +211,7 @@ def _of_figures(script: Script, near: Span, clip: Clip, rng: np.random.Generator
                 claims.append(Judged(statement(kind, said), verdict, asked, answer_of(kind, figure)))
     gone = []
     for index in rng.permutation(len(NAMES)).tolist():
-        kind, name = pick(rng, READ_OFF), NAMES[index]
+        kind, name = pick(rng, missing), NAMES[index]
         if not any(fits(description(kind, name), each.name) for each in seen):
             figure = replace(script.figures[0], name=name)
             asked = about(rng, kind, figure).text if rng.random() < ASKED_FIRST else ""

@@ -3,6 +3,9 @@
 - Windows overlap by more than a short event lasts, so that one of them has all of it. What is compared between windows
   is the probability that the model gives to the event being there at all; when it is there is only asked of a close
   look that has seen it.
+- A match is looked at once more, as closely as `verify` does. How likely it is follows by Bayes' rule from both looks,
+  each of them taken at even odds, and from the number of windows, one of which has the event: among fifty windows
+  without it one is easily taken for it, but seldom twice and for sure.
 - A window is shown as a clip of its own that begins at 0: where in a short clip something is, small models tell as well
   late in a film as at its beginning.
 """
@@ -10,14 +13,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from agent import prompts
-from agent.spans import Span, first_span, overlap
+from agent.spans import Span, around, first_span, overlap
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.workspace import Workspace
 
@@ -32,7 +35,13 @@ FINE_WINDOW, FINE_OVERLAP, FINE_FPS = 4.0, 2.0, 2.0
 EDGE = 0.6
 """Seconds from its window's edge from which on a match may go on behind it: more than the time between two frames."""
 
+CLOSEST_FPS, MOST_CLOSEST = 4.0, 64
+"""Of the last look at a match."""
+
 PRESENT = 0.5
+DOUBT = 1e-6
+"""The least probability that a look leaves: what rounds to none would outweigh any other look."""
+
 YES_TOKENS, ANSWER_TOKENS = 4, 16
 MOST_FRAMES = int(WINDOW * FPS)
 
@@ -79,24 +88,34 @@ class Ground:
         coarse = [self._ask(description, window) for window in windows(span)]
         coarse.sort(key=lambda each: -each.probability)
         candidates = [each.window for each in coarse[:CANDIDATES] if each.probability >= PRESENT]
-        fine = [self._ask(description, part, closely=True) for window in candidates for part in parts_of(window)]
-        likeliest = max(fine or coarse, key=lambda each: each.probability)
-        return together([each for each in fine if each.probability >= PRESENT])[:CANDIDATES] or [likeliest]
+        fine = [self._ask(description, part, FINE_FPS) for window in candidates for part in parts_of(window)]
+        seen = together([each for each in fine if each.probability >= PRESENT])[:CANDIDATES]
+        matches = [self._confirmed(description, each, len(coarse)) for each in seen]
+        matches.sort(key=lambda each: -each.probability)
+        likeliest = (matches or sorted(fine or coarse, key=lambda each: -each.probability))[:1]
+        return [each for each in matches if each.probability >= PRESENT] or likeliest
 
-    def _ask(self, description: str, window: Span, *, closely: bool = False) -> Found:
-        known = (self.name, description, window, closely)
+    def _confirmed(self, description: str, match: Found, count: int) -> Found:
+        """The match after one more look at its span: one of `count` windows has what is described."""
+        near = around(match.span, self._workspace.duration)
+        again = self._ask(description, near, CLOSEST_FPS).probability
+        odds = _odds(match.probability) * _odds(again) / count
+        return replace(match, probability=odds / (1 + odds))
+
+    def _ask(self, description: str, window: Span, fps: float = FPS) -> Found:
+        known = (self.name, description, window, fps)
         if known not in self._workspace.memo:
-            self._workspace.memo[known] = self._look(description, window, closely)
+            self._workspace.memo[known] = self._look(description, window, fps)
         found: Found = self._workspace.memo[known]
         return found
 
-    def _look(self, description: str, window: Span, closely: bool) -> Found:
-        """closely: whether it matters where in the window it is, and not only whether it is there."""
-        clip = self._workspace.look(window, fps=FINE_FPS if closely else FPS, most=MOST_FRAMES)
+    def _look(self, description: str, window: Span, fps: float) -> Found:
+        """At FINE_FPS it matters where in the window it is, and not only whether it is there."""
+        clip = self._workspace.look(window, fps=fps, most=MOST_CLOSEST if fps == CLOSEST_FPS else MOST_FRAMES)
         session = self._workspace.asked(clip, prompts.is_visible(description), origin=window[0])
         yes, no = session.log_likelihoods(prompts.YES_NO, whole=False)
         probability = float(1 / (1 + np.exp(no - yes)))
-        if not closely or probability < PRESENT:
+        if fps != FINE_FPS or probability < PRESENT:
             return Found(window, probability, window)
         "".join(session.answer(YES_TOKENS))
         session.read([{"role": "user", "content": prompts.when(description)}])
@@ -118,6 +137,11 @@ def together(found: Sequence[Found]) -> list[Found]:
     joined = [_hull(group) for group in _groups(cut, lambda each: each.span)]
     parts = [max(group, key=lambda each: each.probability) for group in _groups(joined, lambda each: each.window)]
     return sorted([*whole, *parts], key=lambda each: -each.probability)
+
+
+def _odds(probability: float) -> float:
+    kept = min(max(probability, DOUBT), 1 - DOUBT)
+    return kept / (1 - kept)
 
 
 def _hull(found: Sequence[Found]) -> Found:

@@ -17,15 +17,12 @@ from pydantic import Field
 
 from agent import prompts
 from agent.entries import Verdict
-from agent.spans import Span
+from agent.spans import Span, around
 from agent.tools.tool import Shown, ToolArguments, checked_span
 from agent.tools.transcribe import lines_in
 from agent.workspace import Workspace
 
 FPS, MOST_FRAMES = 4.0, 64
-MARGIN = 1.0
-"""Seconds around the span that are looked at, too: what begins or ends there is not taken for lasting."""
-
 SEEN_TOKENS = 32
 
 TELLING = 20.0
@@ -103,11 +100,6 @@ class Verify:
         verdicts: tuple[Verdict, ...] = get_args(Verdict)
         check = Check(verdicts[int(chances.argmax())], float(chances[0]), (span,), seen)
         return _Judged(check, float(max(chances[0], chances[1])))
-
-
-def around(span: Span, duration: float) -> Span:
-    """What is looked at for a span of a video of so many seconds."""
-    return max(span[0] - MARGIN, 0.0), min(span[1] + MARGIN, duration)
 
 
 def _telling(answer: str, claim: str) -> float:

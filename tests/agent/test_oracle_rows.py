@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from agent import prompts
-from agent.oracle.rows import claims_of, windows_of
+from agent.oracle.rows import OF_A_FILM, OF_A_LONGEST, Drawn, claims_of, windows_of
 from agent.oracle.wording import absent, moved
 from agent.spans import overlap
-from agent.tools.ground import FINE_WINDOW, Ground
+from agent.tools.ground import FINE_WINDOW, Found, Ground
 from agent.tools.verify import Verify
 from agent.workspace import Workspace, question_parts
 from ivcore.video import Clip
@@ -29,6 +29,9 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> list[Made]:
     return make_films(tmp_path_factory.mktemp("films"))
 
 
+of_a_film = pytest.mark.parametrize("drawn", [OF_A_FILM, OF_A_LONGEST], ids=["a film", "a longest"])
+
+
 def turns_of(raw: dict[str, Any]) -> list[tuple[str, str]]:
     """The questions of a row and their answers."""
     asked, answers = raw["messages"][::2], raw["messages"][1::2]
@@ -41,12 +44,13 @@ def looked_for(question: str) -> set[str]:
     return set(what.split()) - {"figure"}
 
 
+@of_a_film
 def test_windows_say_what_is_there_and_what_is_not_and_close_ones_when_in_seconds_of_their_own(
-    films: list[Made],
+    films: list[Made], drawn: Drawn
 ) -> None:
     said = {"yes": 0, "no": 0, "when": 0}
     for made in films:
-        for raw in windows_of(*made.about, np.random.default_rng(0)):
+        for raw in windows_of(*made.about, np.random.default_rng(0), drawn):
             times, origin = (raw["messages"][0]["content"][0][key] for key in ("times", "origin"))
             for question, answer in turns_of(raw):
                 words, span = looked_for(question), parse_span(answer)
@@ -63,11 +67,12 @@ def test_windows_say_what_is_there_and_what_is_not_and_close_ones_when_in_second
     assert min(said.values()) > 50 and 0.8 < said["yes"] / said["no"] < 1.25
 
 
-def test_whether_something_is_there_does_not_follow_from_the_words(films: list[Made]) -> None:
+@of_a_film
+def test_whether_something_is_there_does_not_follow_from_the_words(films: list[Made], drawn: Drawn) -> None:
     """Colours, shapes and whole names are as often there as not, in long windows and in short ones."""
     said: dict[tuple[bool, str], list[bool]] = {}
     for made in films:
-        for raw in (raw for seed in range(3) for raw in windows_of(*made.about, np.random.default_rng(seed))):
+        for raw in (raw for seed in range(3) for raw in windows_of(*made.about, np.random.default_rng(seed), drawn)):
             times = raw["messages"][0]["content"][0]["times"]
             for question, answer in turns_of(raw):
                 if answer in prompts.YES_NO:
@@ -89,7 +94,10 @@ def test_of_one_answer_the_next_does_not_follow_and_the_key_is_asked_about_where
                 assert any(words <= {*key.name} for words in there)
 
 
-def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatch: pytest.MonkeyPatch) -> None:
+@of_a_film
+def test_windows_and_claims_are_what_the_tools_ask(
+    films: list[Made], drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[list[dict[str, Any]]] = []
 
     class Undecided:
@@ -116,12 +124,15 @@ def test_windows_and_claims_are_what_the_tools_ask(films: list[Made], monkeypatc
     monkeypatch.setattr("agent.tools.ground.CANDIDATES", 99)
     monkeypatch.setattr("agent.oracle.rows.moved", lambda span, rng: span)
     for made in (made for made in films if made.kind in ("rare", "said")):
+        monkeypatch.setattr(made.workspace, "memo", {})
         whole = (0.0, made.workspace.duration)
-        for raw in windows_of(*made.about, np.random.default_rng(0)):
+        for raw in windows_of(*made.about, np.random.default_rng(0), drawn):
             what = re.findall(r"is the (.*) visible", raw["messages"][0]["content"][-1]["text"])[0]
             Ground(made.workspace).find(what, whole)
+            for figure in made.script.figures if drawn.matches else ():
+                Ground(made.workspace)._confirmed(what, Found(figure.span, 0.9, whole), 1)
             assert said(raw, made) in asked
-        for raw in claims_of(*made.about, np.random.default_rng(0)):
+        for raw in claims_of(*made.about, np.random.default_rng(0), drawn):
             first = raw["messages"][0]["content"][-1]["text"].splitlines()[-1]
             claim, question = (claim_of(first), "") if claim_of(first) else ("It is so.", first)
             for span in [each.span for each in (*made.script.figures, *made.script.lines)]:

@@ -189,20 +189,20 @@ class Knows:
     """What a model would find that knows where an event is: sure of windows that hold half a second of it."""
 
     def __init__(self, event: Span | None) -> None:
-        self.event, self.asked = event, [(0.0, 0.0, True)][:0]
+        self.event, self.asked = event, [(0.0, 0.0, 0.0)][:0]
 
-    def __call__(self, description: str, window: Span, *, closely: bool = False) -> Found:
-        self.asked.append((*window, closely))
+    def __call__(self, description: str, window: Span, fps: float = ground.FPS) -> Found:
+        self.asked.append((*window, fps))
         if self.event is None or overlap(window, self.event) < 0.5:
             return Found(window, 0.1, window)
         seen = max(window[0], self.event[0]), min(window[1], self.event[1])
         share = (seen[1] - seen[0]) / (self.event[1] - self.event[0])
-        return Found(seen if closely else window, 0.5 + 0.44 * share, window)
+        return Found(seen if fps == ground.FINE_FPS else window, 0.5 + 0.44 * share, window)
 
 
 def grounding(monkeypatch: pytest.MonkeyPatch, knows: Any) -> Ground:
     monkeypatch.setattr(Workspace, "duration", 600.0)
-    monkeypatch.setattr(Ground, "_ask", lambda self, *asked, **how: knows(*asked, **how))
+    monkeypatch.setattr(Ground, "_ask", lambda self, *asked: knows(*asked))
     return Ground(about(Path("film.mp4")))
 
 
@@ -211,12 +211,15 @@ def test_ground_finds_an_event_of_three_seconds_in_ten_minutes(monkeypatch: pyte
     knows = Knows((start, start + 3.0))
     tool = grounding(monkeypatch, knows)
     (found,) = tool.find("a red circle", (0.0, 600.0))
-    assert found.span == (start, start + 3.0) and found.probability == pytest.approx(0.94)
-    coarse = [each[:2] for each in knows.asked if not each[2]]
+    count = len(windows((0.0, 600.0)))
+    assert found.span == (start, start + 3.0)
+    assert found.probability == pytest.approx(1 / (1 + count * (0.06 / 0.94) ** 2))
+    coarse = [each[:2] for each in knows.asked if each[2] == ground.FPS]
     parts = ground.parts_of(windows((0.0, 600.0))[0])
-    assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES * len(parts)
+    assert coarse == windows((0.0, 600.0)) and len(knows.asked) <= len(coarse) + ground.CANDIDATES * len(parts) + 1
+    assert knows.asked[-1] == (max(start - 1.0, 0.0), min(start + 4.0, 600.0), ground.CLOSEST_FPS)
     assert all(0 <= first < last <= 600 for first, last, _ in knows.asked)
-    assert call(tool, {"description": "a red circle"}).text == f"Matches: {start:.1f} to {start + 3:.1f} (0.94)."
+    assert call(tool, {"description": "a red circle"}).text == f"Matches: {start:.1f} to {start + 3:.1f} (0.83)."
 
 
 @given(st.floats(0.0, 20.0), st.floats(1.0, 16.0))
@@ -236,11 +239,40 @@ def test_ground_looks_in_the_named_span_only_and_says_when_nothing_is_there(monk
 
 
 def test_what_a_closer_look_does_not_see_is_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(description: str, window: Span, *, closely: bool = False) -> Found:
-        return Found(window, 0.3 - window[0] / 1000 if closely else 0.8, window)
+    def ask(description: str, window: Span, fps: float = ground.FPS) -> Found:
+        return Found(window, 0.8 if fps == ground.FPS else 0.3 - window[0] / 1000, window)
 
     shown = call(grounding(monkeypatch, ask), {"description": "a red circle", "start": 0.0, "end": 12.0})
     assert shown.text == "Nothing from 0.0 to 12.0 matches. The likeliest place is 0.0 to 4.0 (0.30)."
+
+
+def test_a_match_is_as_likely_as_both_looks_at_it_and_one_of_so_many_windows_make_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Odds of looks multiply, and fifty windows make them a fiftieth: 99 by 9 by 1/50, 99 by 99 and 4 by 9."""
+    seen = {100.0: (0.99, 0.9), 300.0: (0.99, 0.99), 500.0: (0.8, 0.9)}
+
+    def ask(description: str, window: Span, fps: float = ground.FPS) -> Found:
+        for start, (first, again) in seen.items():
+            event = start, start + 1.0
+            if overlap(window, event) > 0.9:
+                span = event if fps == ground.FINE_FPS else window
+                return Found(span, again if fps == ground.CLOSEST_FPS else first, window)
+        return Found(window, 0.1, window)
+
+    tool = grounding(monkeypatch, ask)
+    assert len(windows((0.0, 600.0))) == 50
+    likelier, other = tool.find("a red circle", (0.0, 600.0))
+    assert likelier.span == (300.0, 301.0) and likelier.probability == pytest.approx(196.02 / 197.02)
+    assert other.span == (100.0, 101.0) and other.probability == pytest.approx(17.82 / 18.82)
+    del seen[100.0], seen[300.0]
+    shown = call(tool, {"description": "a red circle"})
+    assert shown.text == "Nothing from 0.0 to 600.0 matches. The likeliest place is 500.0 to 501.0 (0.42)."
+    (alone,) = tool.find("a red circle", (495.0, 505.0))
+    assert alone.probability == pytest.approx(36 / 37)
+    seen[500.0] = (1.0, 0.0)
+    (undecided,) = tool.find("a red circle", (495.0, 505.0))
+    assert undecided.probability == pytest.approx(0.5)
 
 
 def test_of_whole_matches_that_overlap_the_likelier_stays_and_parts_of_it_are_no_other_match() -> None:
@@ -369,7 +401,7 @@ def test_ground_asks_whether_it_is_there_and_of_a_close_look_when_in_seconds_of_
         shown.extend(part["origin"] for part in messages[-1]["content"] if isinstance(part, dict) and "origin" in part)
         return read(self, messages)
 
-    chances = iter([0.75, 0.75, 0.75, 0.4])
+    chances = iter([0.75, 0.75, 0.75, 0.4, 0.75])
 
     def scores(self: Session, answers: Sequence[str], *, whole: bool) -> np.ndarray:
         assert tuple(answers) == ("yes", "no")
@@ -382,17 +414,18 @@ def test_ground_asks_whether_it_is_there_and_of_a_close_look_when_in_seconds_of_
     tool = Ground(Workspace(clip, scripted, tokenizer))
     window, sure = (1.5, 3.5), pytest.approx(0.75)
     for _ in range(2):  # what is known is not asked again
-        assert tool._ask("a circle", window, closely=True) == Found((2.5, 3.5), sure, window)
+        assert tool._ask("a circle", window, ground.FINE_FPS) == Found((2.5, 3.5), sure, window)
         assert asked == [
             "Yes or no: is the circle visible?",
             "In seconds, like 1.5 to 3.0: when is the circle visible?",
         ]
-    assert tool._ask("a square", window, closely=True) == Found(window, sure, window)
+    assert tool._ask("a square", window, ground.FINE_FPS) == Found(window, sure, window)
     asked.clear()
     assert tool._ask("a circle", window) == Found(window, sure, window)
-    assert tool._ask("a cross", window, closely=True) == Found(window, pytest.approx(0.4), window)
-    assert asked == ["Yes or no: is the circle visible?", "Yes or no: is the cross visible?"]
-    assert shown == [1.5] * 4
+    assert tool._ask("a cross", window, ground.FINE_FPS) == Found(window, pytest.approx(0.4), window)
+    assert tool._ask("a triangle", window, ground.CLOSEST_FPS) == Found(window, sure, window)
+    assert asked == [f"Yes or no: is the {shape} visible?" for shape in ("circle", "cross", "triangle")]
+    assert shown == [1.5] * 5
 
 
 def test_summaries_of_parts_are_merged_eight_at_a_time(
