@@ -28,7 +28,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with every direct dependency at its pinned version
 
-demo: setup ## render a clip and ask iv3-tiny three questions about it, on both backends
+demo: setup ## iv3-tiny answers three questions about a clip, on both backends, and finds an event in a long film
 	@$(RUN) -m agent.demo
 
 # Two processes of one thread each, which take test files in turns: with more threads they get in each other's way.
@@ -52,7 +52,7 @@ tiny-base: setup ## train iv3-tiny's base from nothing, into build/tiny-base
 tiny-adapters: setup ## train LoRAs on that base (sft, rl, distill; three seeds), into build/tiny-adapters
 	$(PY) -m train.tiny.adapters --base build/tiny-base --out build/tiny-adapters
 
-tiny: setup ## make iv3-tiny of that base (M2LA, cpt, sft, rl, distill; three seeds), into build/tiny
+tiny: setup ## make iv3-tiny of that base (M2LA, cpt, sft, rl, distill of three seeds; then acting), into build/tiny
 	$(PY) -m train.tiny.pipeline --base build/tiny-base --out build/tiny
 
 clean: ## remove .venv, caches and build outputs

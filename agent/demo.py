@@ -1,6 +1,6 @@
-"""`make demo`: render a clip and ask iv3-tiny three questions about it, on every backend that is installed here.
+"""`make demo`: iv3-tiny is asked about a clip, on every backend that is installed here, and finds something in a film.
 
-The clip and the truth follow from a seed that nothing was trained on. Exit code 1 where the backends disagree.
+Clip, film and truth follow from a seed that nothing was trained on. Exit code 1 where the backends disagree.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.act import Options, agent
 from agent.ask import Answer, Request
 from agent.phases import Phases
 from ivcore.backend import BackendName, Model, load
@@ -22,19 +23,23 @@ from ivcore.tokenizer import Tokenizer
 from train.toyworld.compose import make_script
 from train.toyworld.questions import Question, about, ask
 from train.toyworld.render import write_clip
-from train.toyworld.score import score
+from train.toyworld.score import score, span_text
 from train.toyworld.script import Script, random_of
 
 SEED = 2003
-"""Of the clip; odd, and so held out."""
+"""Of the clip and the film; odd, and so held out."""
+
+FILM_SECONDS = 600.0
+REPORT = Path("build/demo.html")
 
 BACKENDS: tuple[BackendName, ...] = ("torch", "mlx")
 
 
 def main() -> None:
-    """Print every question with its answers, the truth and the seconds; exit 1 where backends disagree."""
+    """Print every question with its answers, the truth and the seconds, then a run; exit 1 where backends disagree."""
     try:
         same = demonstrate()
+        act(REPORT)
     except IvError as error:
         sys.exit(f"demo: {error}")
     if not same:
@@ -64,6 +69,21 @@ def demonstrate() -> bool:
             print(f"truth     {question.answer:<28} {_verdict(question, answers)}")
             same = same and len(answers) == 1
     return same
+
+
+def act(report: Path) -> None:
+    """Run the agent on a film with an event of three seconds in it, and write the run's report."""
+    script = make_script(SEED, "rare", FILM_SECONDS)
+    question = ask(script)
+    with tempfile.TemporaryDirectory() as scratch:
+        film = Path(scratch) / "film.mp4"
+        write_clip(film, script)
+        (key,) = script.keys
+        print(f"\nfilm      {FILM_SECONDS / 60:g} minutes, {key.span[1] - key.span[0]:g} seconds of which matter")
+        print(f"question  {question.text}\n", flush=True)
+        report.parent.mkdir(parents=True, exist_ok=True)
+        agent(str(film), question.text, Options(model=PACKAGED, dtype="float32"), report=str(report))
+    print(f"\ntruth     {question.answer}, to be seen from {span_text(key.span)}\nreport    {report}")
 
 
 def questions(script: Script) -> Iterator[Question]:

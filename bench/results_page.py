@@ -33,6 +33,7 @@ those have few, 200 with `before_after`, which is new to it, and 200 of sixteen 
 IoU, the others are shares of right answers; `mean` is over the base's seven kinds, each counting the same. Trained rows
 are means over as many seeds as the first column says, in brackets the largest less the least. A converted row is the
 base with nothing trained since; `cpt` reads a tenth of the base's tokens again; the stages behind it go on from norm-2.
+iv3-tiny is the first seed's after `distill` and the stages in which it learned to act.
 Every answer is in docs/results."""
 
 RATIO_8 = """\

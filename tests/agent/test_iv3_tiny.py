@@ -67,8 +67,16 @@ def test_it_is_described_by_its_name() -> None:
     assert describe(PACKAGED).config["text_config"]["num_hidden_layers"] == 6
 
 
-def test_the_demo_asks_three_questions_on_both_backends_which_agree(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_asks_both_backends_which_agree_then_runs_the_agent_on_a_film_and_reports(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "REPORT", report := tmp_path / "new/demo.html")
     demo.main()
-    lines = capsys.readouterr().out.splitlines()
+    out, turns = capsys.readouterr()
+    asked, acted = out.split("\nfilm ")
     for start in ("question", "torch", "mlx", "truth"):
-        assert sum(line.startswith(start) for line in lines) == 3
+        assert sum(line.startswith(start) for line in asked.splitlines()) == 3
+    assert "ground" in turns and "look" in turns
+    truth = next(line for line in acted.splitlines() if line.startswith("truth")).split()[1].rstrip(",")
+    assert f"{truth}\n" in acted.split("question")[1] and "verified" in acted
+    assert truth in report.read_text(encoding="utf-8")

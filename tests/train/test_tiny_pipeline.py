@@ -140,10 +140,10 @@ def test_all_of_it_ends_in_a_small_model_and_is_not_done_twice(
     steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [
         "norm-2", "norm-2-cpt-0", "sft-short-0", "sft-long-0", "rl-0", "distill-0",
-        "distill-0-merged", "iv3-tiny", "sft-looks-0", "sft-act-0", "sft-longest-0", "rl-act-0",
+        "distill-0-merged", "sft-looks-0", "sft-act-0", "sft-longest-0", "iv3-tiny", "rl-act-0",
     ]  # fmt: skip
     assert [step["arguments"] for step in steps] == in_this_process
-    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-4]
+    assert json.loads((tiny / "provenance.json").read_text())["steps"] == steps[:-1]
     in_this_process.clear()
     small()
     assert in_this_process == []
@@ -153,14 +153,14 @@ def test_the_small_model_can_be_made_of_a_kept_one_alone(
     small: Callable[[], None], in_this_process: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, tiny = tmp_path / "kept", tmp_path / "out/iv3-tiny"
-    write_start(kept / "distill-0-merged")
-    (kept / "steps.jsonl").write_text('{"step": "distill-0-merged", "seconds": 1.0}\n')
+    write_start(kept / "sft-longest-0")
+    (kept / "steps.jsonl").write_text('{"step": "sft-longest-0", "seconds": 1.0}\n')
     make = pipeline.make_tiny
     monkeypatch.setattr(pipeline, "make_tiny", lambda base, out, overrides: make(base, out, overrides, ("iv3-tiny",)))
     small()
     assert [command[0] for command in in_this_process] == ["convert"]
     steps = json.loads((tiny / "provenance.json").read_text())["steps"]
-    assert [step["step"] for step in steps] == ["distill-0-merged", "iv3-tiny"]
+    assert [step["step"] for step in steps] == ["sft-longest-0", "iv3-tiny"]
 
 
 def test_a_step_that_fails_is_named_and_gone_on_with(

@@ -4,14 +4,14 @@ It goes on from the models that the repository keeps (train/tiny/kept); without 
 
 The base's attention becomes M2LA; continued pretraining takes back what that cost; short clips, then long ones teach
 new kinds of question; rewards sharpen spans; the models from before the long clips teach back what these cost. The
-first seed's model is iv3-tiny; from there one learns to act: from an oracle's runs, and from rewards for its own.
+first seed's model learns to act from an oracle's runs, which is iv3-tiny, and then from rewards for its own.
 
 OUT/data/                     rows and clips
 OUT/<layout>-<ratio>/         the base, converted
 OUT/<layout>-<ratio>-cpt-<seed>/, OUT/sft-short-<seed>/ ... OUT/distill-<seed>/   runs; each goes on from the one before
 OUT/distill-<seed>-merged/    the adapter of a stage that trains one, in its model's weights
-OUT/iv3-tiny/                 the first seed's, in 8 bits beside float16
 OUT/sft-looks-0/, OUT/sft-act-0/, OUT/sft-longest-0/, OUT/rl-act-0/ the first seed's model learns to act
+OUT/iv3-tiny/                 what SHIPPED comes to, in 8 bits beside float16
 OUT/steps.jsonl               what was run, and the seconds it took; OUT/iv3-tiny/provenance.json has what led there
 """
 
@@ -59,7 +59,8 @@ LORAS, MERGED = ("distill",), "-merged"
 """Those that train a LoRA, and what the model's name ends in that it is merged into."""
 
 ACTING = ("sft-looks", "sft-act", "sft-longest", "rl-act")
-"""Those behind the chain, which only the first seed's model goes through; what ships has not."""
+SHIPPED = "sft-longest"
+"""Those behind the chain, which only the first seed's model goes through, and the one whose result ships."""
 
 DTYPES: Mapping[str, str] = {"rl": "float32", "rl-act": "float32"}
 """What a stage computes in, where not in bfloat16: the small steps of rl are taken on unrounded likelihoods."""
@@ -183,7 +184,8 @@ def provenance(log: Path) -> dict[str, Any]:
     seed = SEEDS[0]
     first = f"{LAYOUTS[0]}-{RATIOS[0]}"
     chain = [f"{stage}-{seed}{end}" for stage in CHAIN for end in ("", MERGED) if not end or stage in LORAS]
-    names = [first, f"{first}-cpt-{seed}", *chain, TINY]
+    acting = [f"{stage}-{seed}" for stage in ACTING[: ACTING.index(SHIPPED) + 1]]
+    names = [first, f"{first}-cpt-{seed}", *chain, *acting, TINY]
     lines = {entry["step"]: entry for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
     return {
         "toy world": WORLD_VERSION,
@@ -300,11 +302,12 @@ def steps(base: Path, out: Path, overrides: list[str]) -> Iterator[Step]:
             before = after
     before, tiny = result_of(out, CHAIN[-1], SEEDS[0]), out / TINY
     quantised = ("--bits", "8", "--group-size", "32", "--dtype", "fp16")
-    yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
     for stage in ACTING:
         name = f"{stage}-{SEEDS[0]}"
         yield _training(stage, name, before, out / f"data/{stage}.json", out, SEEDS[0], overrides)
         before = out / name / "model"
+        if stage == SHIPPED:
+            yield Step(tiny.name, ("convert", str(before), str(tiny), *quantised), tiny)
 
 
 def result_of(out: Path, stage: str, seed: int) -> Path:
