@@ -5,7 +5,7 @@
 Films are rendered from held-out seeds of the toy world, ten minutes each, with an event of three seconds in it; in
 those of `absent` there is none. Two single passes over each film with the event are made on the first backend: one with
 as many visual tokens as the agent had, which takes much longer, and one with FEW. What was run is kept in OUT and not
-run again.
+run again, unless the model has other weights since.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from agent.indexing import weights_digest
 from agent.oracle.dataset import film
 from agent.spans import overlap
 from bench.memory import environment
 from ivcore.files import write_beside
+from ivcore.hub import resolve
 from train.toyworld.questions import ask as question_of
 from train.toyworld.score import is_right
 from train.toyworld.script import seeds
@@ -190,9 +192,14 @@ def kept(out: Path, model: str, backend: str, seed: int) -> dict[str, Any]:
 
 def file_of(out: Path, model: str, backend: str, seed: int) -> Path:
     """Where it is kept."""
-    folder = out / "runs" / f"{Path(model).name}-{backend}"
+    folder = out / "runs" / f"{_named(model)}-{backend}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{seed}.json"
+
+
+@cache
+def _named(model: str) -> str:
+    return f"{Path(model).name}-{weights_digest(resolve(model))}"
 
 
 def _of(found: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
