@@ -27,6 +27,7 @@ from agent.indexing import weights_digest
 from agent.oracle.dataset import film
 from agent.spans import overlap
 from bench.memory import environment
+from ivcore.errors import IvError
 from ivcore.files import write_beside
 from ivcore.hub import resolve
 from train.toyworld.questions import ask as question_of
@@ -66,7 +67,6 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs/agent-results.md")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     if given.task:
         backend, passes, numbers = json.loads(given.task)
         for seed, kind in numbers:
@@ -219,4 +219,7 @@ def _share(values: Sequence[bool]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except IvError as error:
+        sys.exit(f"bench.agent: {error}")
